@@ -1,0 +1,1 @@
+"""Float model in, trainable fake-quantized student out."""
