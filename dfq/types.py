@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,18 @@ class QuantSpec:
     def quant_max(self) -> int:
         """Largest code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+
+class Images(NamedTuple):
+    """A set of images and the classes they were made for.
+
+    Attributes:
+        images: [N, C, H, W], float32, normalized as the model expects.
+        labels: [N], int64.
+    """
+
+    images: Tensor
+    labels: Tensor
 
 
 class Report(Protocol):
