@@ -1,0 +1,237 @@
+// Sixteen float32 at a time, in GNU vectors as wide as the instruction set has them.
+// There are sixteen lanes everywhere, so sums over lanes have the same bits on every machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#define DFQ_INLINE inline __attribute__((always_inline))
+
+namespace dfq {
+
+constexpr int kLanes = 16;
+
+// Storage types; arithmetic is always float32.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T, int N>
+struct Native {
+  typedef T type __attribute__((vector_size(sizeof(T) * N)));
+};
+template <class T, int N>
+using native = typename Native<T, N>::type;
+
+// N values of T in native vectors of W. A tree and not an array: it stays in registers.
+template <class T, int N, int W>
+struct Block {
+  Block<T, N / 2, W> lo, hi;
+};
+template <class T, int W>
+struct Block<T, W, W> {
+  native<T, W> v;
+};
+
+template <int W>
+using Floats = Block<float, kLanes, W>;
+template <int W>
+using Words = Block<uint32_t, kLanes, W>;
+template <int W>
+using Mask = Block<int32_t, kLanes, W>;  // -1 where true, else 0
+
+#define DFQ_OPERATOR(op, Result)                                                   \
+  template <class T, int N, int W>                                                 \
+  DFQ_INLINE Block<Result, N, W> operator op(Block<T, N, W> a, Block<T, N, W> b) { \
+    if constexpr (N == W) {                                                        \
+      return {(native<Result, W>)(a.v op b.v)};                                    \
+    } else {                                                                       \
+      return {a.lo op b.lo, a.hi op b.hi};                                         \
+    }                                                                              \
+  }
+DFQ_OPERATOR(+, T)
+DFQ_OPERATOR(-, T)
+DFQ_OPERATOR(*, T)
+DFQ_OPERATOR(&, T)
+DFQ_OPERATOR(|, T)
+DFQ_OPERATOR(^, T)
+DFQ_OPERATOR(<, int32_t)
+DFQ_OPERATOR(>, int32_t)
+DFQ_OPERATOR(==, int32_t)
+#undef DFQ_OPERATOR
+
+// The same value in every lane.
+template <class T, int N, int W>
+DFQ_INLINE void fill(Block<T, N, W>& out, T value) {
+  if constexpr (N == W) {
+    out.v = value - native<T, W>{};  // minus, not plus: it keeps -0
+  } else {
+    fill(out.lo, value);
+    out.hi = out.lo;
+  }
+}
+template <int W>
+DFQ_INLINE Floats<W> floats(float value) {
+  Floats<W> out;
+  fill(out, value);
+  return out;
+}
+template <int W>
+DFQ_INLINE Words<W> words(uint32_t value) {
+  Words<W> out;
+  fill(out, value);
+  return out;
+}
+
+template <class T, int N, int W>
+DFQ_INLINE Block<T, N, W> where(Block<int32_t, N, W> mask, Block<T, N, W> a, Block<T, N, W> b) {
+  if constexpr (N == W) {
+    return {mask.v ? a.v : b.v};
+  } else {
+    return {where(mask.lo, a.lo, b.lo), where(mask.hi, a.hi, b.hi)};
+  }
+}
+
+template <int Bits, int N, int W>
+DFQ_INLINE Block<uint32_t, N, W> shift_right(Block<uint32_t, N, W> a) {
+  if constexpr (N == W) {
+    return {a.v >> Bits};
+  } else {
+    return {shift_right<Bits>(a.lo), shift_right<Bits>(a.hi)};
+  }
+}
+
+// The same bits as another type of the same size.
+template <class To, class T, int N, int W>
+DFQ_INLINE Block<To, N, W> bits_as(Block<T, N, W> a) {
+  static_assert(sizeof(To) == sizeof(T));
+  if constexpr (N == W) {
+    return {(native<To, W>)a.v};
+  } else {
+    return {bits_as<To>(a.lo), bits_as<To>(a.hi)};
+  }
+}
+
+template <class T, int N, int W>
+DFQ_INLINE void load_plain(const T* from, Block<T, N, W>& out) {
+  if constexpr (N == W) {
+    std::memcpy(&out.v, from, sizeof(out.v));
+  } else {
+    load_plain(from, out.lo);
+    load_plain(from + N / 2, out.hi);
+  }
+}
+template <class T, int N, int W>
+DFQ_INLINE void store_plain(T* to, Block<T, N, W> a) {
+  if constexpr (N == W) {
+    std::memcpy(to, &a.v, sizeof(a.v));
+  } else {
+    store_plain(to, a.lo);
+    store_plain(to + N / 2, a.hi);
+  }
+}
+
+// Sixteen-bit values into the upper halves of words, and back: one permutation each.
+template <int W, int... I>
+DFQ_INLINE native<uint32_t, W> widen(native<uint16_t, W> a, std::integer_sequence<int, I...>) {
+  return (native<uint32_t, W>)__builtin_shufflevector(a, native<uint16_t, W>{},
+                                                      (I % 2 ? I / 2 : W)...);
+}
+template <int W, int... I>
+DFQ_INLINE native<uint16_t, W> upper(native<uint32_t, W> a, std::integer_sequence<int, I...>) {
+  const auto halves = (native<uint16_t, 2 * W>)a;
+  return __builtin_shufflevector(halves, halves, (2 * I + 1)...);
+}
+template <int N, int W>
+DFQ_INLINE void load_upper(const void* from, Block<uint32_t, N, W>& out) {
+  if constexpr (N == W) {
+    native<uint16_t, W> narrow;
+    std::memcpy(&narrow, from, sizeof(narrow));
+    out.v = widen<W>(narrow, std::make_integer_sequence<int, 2 * W>());
+  } else {
+    load_upper(from, out.lo);
+    load_upper(static_cast<const uint16_t*>(from) + N / 2, out.hi);
+  }
+}
+template <int N, int W>
+DFQ_INLINE void store_upper(void* to, Block<uint32_t, N, W> a) {
+  if constexpr (N == W) {
+    const auto narrow = upper<W>(a.v, std::make_integer_sequence<int, W>());
+    std::memcpy(to, &narrow, sizeof(narrow));
+  } else {
+    store_upper(to, a.lo);
+    store_upper(static_cast<uint16_t*>(to) + N / 2, a.hi);
+  }
+}
+
+template <int W>
+DFQ_INLINE Floats<W> load(const float* from) {
+  Floats<W> out;
+  load_plain(from, out);
+  return out;
+}
+template <int W>
+DFQ_INLINE Floats<W> load(const BFloat16* from) {
+  Words<W> out;
+  load_upper(from, out);
+  return bits_as<float>(out);
+}
+template <int W>
+DFQ_INLINE Floats<W> load(const Half* from) {
+  Words<W> half;
+  load_upper(from, half);
+  const auto sign = half & words<W>(0x80000000u);
+  const auto magnitude = shift_right<3>(half & words<W>(0x7fff0000u));
+  const auto normal = magnitude + words<W>(112u << 23);
+  // an exponent of 2^-14 and minus 2^-14 again: exact, and no denormal float32 on the way
+  const auto tiny = bits_as<float>(magnitude + words<W>(113u << 23)) - floats<W>(0x1p-14f);
+  const auto infinite = magnitude | words<W>(0x7f800000u);
+  const auto finite = where(magnitude < words<W>(1u << 23), bits_as<uint32_t>(tiny), normal);
+  const auto value = where(magnitude < words<W>(0x0f800000u), finite, infinite);
+  return bits_as<float>(sign | value);
+}
+
+template <int W>
+DFQ_INLINE void store(float* to, Floats<W> a) {
+  store_plain(to, a);
+}
+template <int W>
+DFQ_INLINE void store(BFloat16* to, Floats<W> a) {  // round half to even; NaN stays NaN
+  const auto bits = bits_as<uint32_t>(a);
+  const auto odd = shift_right<16>(bits) & words<W>(1);
+  store_upper(to, where(a == a, bits + words<W>(0x7fff) + odd, words<W>(0x7fc00000u)));
+}
+template <int W>
+DFQ_INLINE void store(Half* to, Floats<W> a) {  // round half to even; NaN stays NaN
+  const auto bits = bits_as<uint32_t>(a);
+  const auto magnitude = bits & words<W>(0x7fffffffu);
+  const auto odd = shift_right<13>(magnitude) & words<W>(1);
+  const auto normal = shift_right<13>(magnitude - words<W>(112u << 23) + words<W>(0xfff) + odd);
+  // 2^-24, the step of denormal halves, is the last bit of 0.5f
+  const auto tiny = bits_as<uint32_t>(bits_as<float>(magnitude) + floats<W>(0.5f)) -
+                    bits_as<uint32_t>(floats<W>(0.5f));
+  const auto finite = where(magnitude < words<W>(113u << 23), tiny, normal);
+  const auto ranged = where(magnitude < words<W>(0x477ff000u), finite, words<W>(0x7c00));
+  const auto half = where(a == a, ranged, words<W>(0x7e00));
+  const auto sign = shift_right<16>(bits & words<W>(0x80000000u));
+  store_upper(to, (half | sign) * words<W>(1u << 16));
+}
+
+// The sum of the lanes, always added in the same order.
+template <class T, int N, int W>
+DFQ_INLINE T sum(Block<T, N, W> a) {
+  T lanes[N];
+  store_plain(lanes, a);
+  for (int width = N / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) {
+      lanes[i] += lanes[i + width];
+    }
+  }
+  return lanes[0];
+}
+
+}  // namespace dfq

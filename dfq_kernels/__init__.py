@@ -1,0 +1,1 @@
+"""Quantization ops: a PyTorch reference each, and faster implementations where there are any."""
