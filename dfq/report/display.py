@@ -1,0 +1,122 @@
+"""Progress and results in the terminal: live bars on a TTY, a short line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dfq.types import Report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LIVE_SECONDS = 0.5  # between two looks at the values, which wait for the device
+PLAIN_SECONDS = 10.0
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Report]:
+    """Give a report that shows itself on ``console`` until the context ends."""
+    if not console.is_terminal:
+        yield PlainLines(console)
+        return
+    bars = LiveBars(console)
+    with bars.live:
+        yield bars
+
+
+class LiveBars:
+    """One bar a stage with its time left, and the latest values below."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._values = Text()
+        self._tasks: dict[str, TaskID] = {}
+        self._looked = 0.0
+        self.live = Live(Group(self._progress, self._values), console=console)
+
+    def __call__(self, stage: str, step: int, steps: int, **values: Tensor | float) -> None:
+        """Move the bar of ``stage`` and look at the values twice a second."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=steps)
+        self._progress.update(self._tasks[stage], completed=step, total=steps)
+        now = time.monotonic()
+        if now - self._looked >= LIVE_SECONDS or step == steps:
+            self._looked = now
+            self._values.plain = _values(values)
+
+
+class PlainLines:
+    """A line at the end of each stage and every ten seconds in between."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._starts: dict[str, float] = {}
+        self._printed = time.monotonic()
+
+    def __call__(self, stage: str, step: int, steps: int, **values: Tensor | float) -> None:
+        """Print when it is time to."""
+        now = time.monotonic()
+        started = self._starts.setdefault(stage, now)
+        if step != steps and now - self._printed < PLAIN_SECONDS:
+            return
+        self._printed = now
+        spent = now - started
+        when = f"{_clock(spent * (steps - step) / max(step, 1))} left"
+        if step == steps:
+            when = f"done in {_clock(spent)}"
+        line = f"{stage} {step}/{steps}  {when}  {_values(values)}"
+        self._console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)
+
+
+def accuracy_table(results: Mapping[str, Any]) -> Table:
+    """Float, nearest and student in one table, from a run's results."""
+    measured = results["evaluation"]
+    table = Table(title=f"{results['bits']}, top-1 on {measured['images']} held-out images")
+    table.add_column("model")
+    for column in ("top-1 %", "95 % interval", "same answer as float %"):
+        table.add_column(column, justify="right")
+    names = {"float": "float", "nearest": "nearest, no learning", "student": results["method"]}
+    for key, name in names.items():
+        row = measured[key]
+        interval = f"{row['low']:.1f} .. {row['high']:.1f}"
+        style = "bold" if key == "student" else None
+        table.add_row(name, f"{row['top1']:.1f}", interval, f"{row['agreement']:.1f}", style=style)
+    return table
+
+
+def _values(values: Mapping[str, Tensor | float]) -> str:
+    return "  ".join(f"{name} {_number(name, float(v))}" for name, v in values.items())
+
+
+def _number(name: str, value: float) -> str:
+    return f"{100 * value:.0f}%" if name.endswith("accuracy") else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
