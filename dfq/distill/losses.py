@@ -1,0 +1,24 @@
+"""Distillation losses. Each returns one value a sample, [B]; the method weighs and reduces."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``; [B, classes] twice -> [B].
+
+    Summed over classes (Hinton et al., arXiv:1503.02531), so its batch mean is what PyTorch calls
+    "batchmean". GDFQ's released code divides by the number of classes too.
+    """
+    log_p = F.log_softmax(student_logits / temperature, dim=1)  # [B, classes]
+    log_q = F.log_softmax(teacher_logits / temperature, dim=1)  # [B, classes]
+    return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(1) * temperature**2
+
+
+def multi_teacher_divergence(
+    student_logits: Tensor, teacher_logits: list[Tensor], temperature: float
+) -> Tensor:
+    """``kd_divergence`` from every teacher; [B, teachers]."""
+    columns = [kd_divergence(student_logits, logits, temperature) for logits in teacher_logits]
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,93 @@
+"""How much each teacher counts for each image: DMKD's tiny network and what it minimizes.
+
+The paper (doi:10.1007/978-981-99-8543-2_3) is known by its abstract: a tiny learnable
+full-precision network produces the factors that balance the losses of the teachers. What the
+network sees and what it minimizes is our reconstruction; each reading is a named choice here.
+"""
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+WeightInput = Literal["image", "logits", "bank"]
+Objective = Literal["softmax", "uncertainty", "entropy", "adversarial"]
+
+
+class TeacherWeightNet(nn.Module):
+    """Images [B, C, H, W], all logits [B, teachers + 1, classes] -> scores [B, teachers].
+
+    ``kind`` says what it looks at: the "image" (three stride-2 convolutions and a linear layer),
+    the "logits" of all teachers and the student (two linear layers; does not grow with the
+    image), or nothing, a learned "bank" of one score a teacher. The last layer starts at zero, so
+    that all teachers start equal.
+    """
+
+    def __init__(self, kind: WeightInput, teachers: int, channels: int, classes: int):
+        super().__init__()
+        self.kind = kind
+        if kind == "bank":
+            self.scores = nn.Parameter(torch.zeros(teachers))
+            return
+        if kind == "image":
+            widths = (channels, 16, 32, 64)
+            body: list[nn.Module] = []
+            for narrow, wide in pairwise(widths):
+                body += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.ReLU()]
+            body += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        else:
+            body = [nn.Flatten(), nn.Linear((teachers + 1) * classes, 64), nn.ReLU()]
+        last = nn.Linear(64, teachers)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.body = nn.Sequential(*body, last)
+
+    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Scores of the teachers for each image; the objective turns them into weights."""
+        if self.kind == "bank":
+            return self.scores.expand(len(images), -1)
+        if self.kind == "image":
+            return self.body(images)
+        return self.body(logits.softmax(-1))
+
+
+def weighted_divergence(
+    divergence: Tensor, scores: Tensor, objective: Objective, entropy_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The student's loss [B] and the teachers' weights [B, teachers] behind it.
+
+    With ``a = softmax(scores)`` and ``D`` = ``divergence`` [B, teachers]:
+
+    - "softmax" (R1): ``sum_k a_k D_k``. Its gradient feeds whatever teacher is easiest to
+      match, and ends in one teacher; here to show just that.
+    - "uncertainty" (R2): ``sum_k exp(-s_k) D_k + s_k`` with ``s = scores`` (Kendall et al.,
+      arXiv:1705.07115): the barrier ``s_k`` keeps every teacher in play.
+    - "entropy" (R3): ``sum_k a_k D_k - entropy_weight * H(a)``.
+    - "adversarial" (R4): ``sum_k a_k D_k`` that the scores climb and the student descends: weight
+      goes to the teacher matched worst.
+    """
+    if objective == "uncertainty":
+        precision = torch.exp(-scores)
+        loss = (precision * divergence + scores).sum(1)
+        return loss, precision / precision.sum(1, keepdim=True)
+    if objective == "adversarial":
+        scores = _reverse_gradient(scores)
+    weights = scores.softmax(1)
+    loss = (weights * divergence).sum(1)
+    if objective == "entropy":
+        loss = loss + entropy_weight * (weights * scores.log_softmax(1)).sum(1)
+    return loss, weights
+
+
+def weight_entropy(weights: Tensor) -> Tensor:
+    """Mean entropy of the rows of [B, teachers], from 0 (one teacher rules) to 1 (all equal)."""
+    teachers = weights.shape[1]
+    entropy = -torch.special.xlogy(weights, weights).sum(1).mean()
+    return entropy / math.log(teachers)
+
+
+def _reverse_gradient(x: Tensor) -> Tensor:
+    """``x`` forward, ``-gradient`` backward."""
+    return 2 * x.detach() - x
