@@ -13,11 +13,12 @@ namespace dfq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// f(chunk) for chunk = 0 .. chunks - 1, shared out among PyTorch's threads. Choose the number of
-// chunks by the shape alone and give each its own output: then results do not depend on threads.
+// f(chunk) for chunk = 0 .. chunks - 1, shared out among PyTorch's threads, `grain` at least to
+// each. Choose the number of chunks by the shape alone and give each its own output: then results
+// do not depend on threads.
 template <class F>
-void for_each_chunk(int64_t chunks, const F& f) {
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+void for_each_chunk(int64_t chunks, const F& f, int64_t grain = 1) {
+  torch::stable::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       f(chunk);
     }

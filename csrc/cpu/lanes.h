@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "core/arithmetic.h"
+
 #define DFQ_INLINE inline __attribute__((always_inline))
 
 namespace dfq {
@@ -42,7 +44,7 @@ using Floats = Block<float, kLanes, W>;
 template <int W>
 using Words = Block<uint32_t, kLanes, W>;
 template <int W>
-using Mask = Block<int32_t, kLanes, W>;  // -1 where true, else 0
+using Mask = Block<int32_t, kLanes, W>;  // what a comparison gives; pass it straight to where()
 
 #define DFQ_OPERATOR(op, Result)                                                   \
   template <class T, int N, int W>                                                 \
@@ -64,7 +66,8 @@ DFQ_OPERATOR(>, int32_t)
 DFQ_OPERATOR(==, int32_t)
 #undef DFQ_OPERATOR
 
-// The same value in every lane.
+// The same value in every lane. Unless it is a constant do this before a loop, not in it: GCC
+// builds it in memory.
 template <class T, int N, int W>
 DFQ_INLINE void fill(Block<T, N, W>& out, T value) {
   if constexpr (N == W) {
@@ -86,6 +89,10 @@ DFQ_INLINE Words<W> words(uint32_t value) {
   fill(out, value);
   return out;
 }
+template <int W>
+struct Splat<Block<float, kLanes, W>> {  // core/arithmetic.h asks for its constants here
+  static DFQ_INLINE Floats<W> of(float value) { return floats<W>(value); }
+};
 
 template <class T, int N, int W>
 DFQ_INLINE Block<T, N, W> where(Block<int32_t, N, W> mask, Block<T, N, W> a, Block<T, N, W> b) {
@@ -221,17 +228,51 @@ DFQ_INLINE void store(Half* to, Floats<W> a) {  // round half to even; NaN stays
   store_upper(to, (half | sign) * words<W>(1u << 16));
 }
 
-// The sum of the lanes, always added in the same order.
+// Lanes first .. 15 as all ones, the others as 0; first is 0 to 16.
+template <int W>
+DFQ_INLINE Words<W> lanes_from(int64_t first) {
+  constexpr uint32_t kOnes = 0xffffffffu;
+  static constexpr uint32_t kSteps[2 * kLanes] = {
+      0,     0,     0,     0,     0,     0,     0,     0,     0,     0,     0,
+      0,     0,     0,     0,     0,     kOnes, kOnes, kOnes, kOnes, kOnes, kOnes,
+      kOnes, kOnes, kOnes, kOnes, kOnes, kOnes, kOnes, kOnes, kOnes, kOnes};
+  Words<W> out;
+  load_plain(kSteps + kLanes - first, out);
+  return out;
+}
+template <int W>
+DFQ_INLINE Words<W> load_words(const uint32_t* from) {
+  Words<W> out;
+  load_plain(from, out);
+  return out;
+}
+// a where the mask is all ones, b where it is 0.
+template <int W>
+DFQ_INLINE Floats<W> blend(Words<W> mask, Floats<W> a, Floats<W> b) {
+  const auto ones = words<W>(0xffffffffu);
+  return bits_as<float>((bits_as<uint32_t>(a) & mask) | (bits_as<uint32_t>(b) & (mask ^ ones)));
+}
+// a where the mask is all ones, else 0.
+template <int W>
+DFQ_INLINE Floats<W> only(Words<W> mask, Floats<W> a) {
+  return bits_as<float>(bits_as<uint32_t>(a) & mask);
+}
+
+// The sum of the lanes, always added in the same order: neighbours 8 apart, 4 apart, 2, 1.
 template <class T, int N, int W>
 DFQ_INLINE T sum(Block<T, N, W> a) {
-  T lanes[N];
-  store_plain(lanes, a);
-  for (int width = N / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) {
-      lanes[i] += lanes[i + width];
+  if constexpr (N == W) {
+    T lanes[N];
+    store_plain(lanes, a);
+    for (int width = N / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) {
+        lanes[i] += lanes[i + width];
+      }
     }
+    return lanes[0];
+  } else {
+    return sum(a.lo + a.hi);
   }
-  return lanes[0];
 }
 
 }  // namespace dfq
