@@ -1,0 +1,244 @@
+"""Float model in, trainable fake-quantized student out."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dfq.prepare.frozen import evaluating, freeze_batch_norm
+from dfq.prepare.layers import QConv2d, QLinear, QReLU
+from dfq.prepare.quantizer import Quantizer
+from dfq.prepare.refusal import check_layer, check_model, is_heavy
+from dfq.types import InputError, QuantSpec
+
+Bits = tuple[int, int]  # of weights, of activations
+Overrides = Mapping[str, str | int | None]
+
+BRECQ_EDGE_BITS = 8  # BRECQ, arXiv:2102.05426, section 4
+
+
+def parse_bits(bits: str) -> Bits:
+    """``"w4a8"`` -> (4, 8): bits of weights and of activations, each 2 to 8.
+
+    Raises:
+        InputError: on anything else.
+    """
+    match = re.fullmatch(r"w([2-8])a([2-8])", bits) if isinstance(bits, str) else None
+    if match is None:
+        raise InputError(f"bits must be like w4a4, each number 2 to 8, got {bits!r}.")
+    return int(match[1]), int(match[2])
+
+
+def prepare(
+    model: nn.Module,
+    bits: str,
+    *,
+    protocol: str = "brecq",
+    edge_bits: int | None = None,
+    scales: str = "learned",
+    overrides: Overrides | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> nn.Module:
+    """A trainable deep copy of ``model`` whose layers are quantized; ``calibrate`` it next.
+
+    Every parameter requires grad, BatchNorm stays in eval mode (``Frozen``), ``model`` is left as
+    it was. Layers are found as modules, never by tracing: residual adds, concatenations and what
+    is computed by functions stay float.
+
+    - ``brecq``: every ``nn.Conv2d`` and ``nn.Linear`` gets a weight grid per output channel and an
+      input grid per tensor; the first and the last layer have 8 bits for both.
+    - ``gdfq``: every weight at the target bits, and the output of every ``nn.ReLU`` and
+      ``nn.ReLU6``. The network's input and tensors without a ReLU stay float.
+
+    Weights are symmetric (2 bits: midrise). Activations are asymmetric and unsigned: where nothing
+    is below zero the zero point is 0. With ``scales="minmax"`` weights are asymmetric too; with
+    protocol ``gdfq`` that is the quantizer of the GDFQ paper.
+
+    A module used in several places gets one grid for all of them.
+
+    Args:
+        model: float model.
+        bits: e.g. ``"w4a4"``.
+        protocol: which tensors are quantized.
+        edge_bits: weight and input bits of the first and last layer; None: 8 for ``brecq``, the
+            target bits for ``gdfq``.
+        scales: ``"learned"`` (LSQ) or ``"minmax"``.
+        overrides: glob over module names -> bits (``"w8a8"``, or 8 for both), or None to leave it
+            float. A module's override holds for all below it; of several the last one wins.
+        shape: of one image, to find the first and last layer by running zeros through the copy;
+            None takes the order in which the modules were defined.
+
+    Raises:
+        InputError: if a layer cannot be quantized, naming it and the remedy; or on bad options.
+    """
+    target = parse_bits(bits)
+    _check_options(protocol, scales, edge_bits)
+    check_model(model)
+    chosen = _resolve_overrides(overrides or {}, [name for name, _ in model.named_modules()])
+    layers = [n for n, m in model.named_modules() if is_heavy(m) and chosen.get(n, target)]
+    for name in layers:
+        check_layer(name, model.get_submodule(name))
+    if not layers:
+        raise InputError("the model has no nn.Conv2d or nn.Linear module to quantize.")
+    student = copy.deepcopy(model)
+    freeze_batch_norm(student)
+    plan = dict.fromkeys(layers, target)
+    edge = edge_bits or (BRECQ_EDGE_BITS if protocol == "brecq" else None)
+    if edge:
+        order = _execution_order(student, layers, shape) if shape else layers
+        plan[order[0]] = plan[order[-1]] = (edge, edge)
+    plan |= {name: bits for name, bits in chosen.items() if name in plan and bits}
+    replacements = {
+        student.get_submodule(name): _quantized(student.get_submodule(name), pair, protocol, scales)
+        for name, pair in plan.items()
+    }
+    if protocol == "gdfq":
+        replacements |= _quantized_relus(student, chosen, target, scales)
+    return _replace(student, replacements).requires_grad_(True)
+
+
+class Row(NamedTuple):
+    """One line of ``describe``; bits are None where the tensor stays float."""
+
+    name: str
+    kind: str
+    weight_bits: int | None
+    input_bits: int | None  # of QReLU: of its output
+
+
+def describe(student: nn.Module) -> list[Row]:
+    """Every module that holds a quantizer or a weight matrix of its own, in module order."""
+    rows = []
+    for name, module in student.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, QConv2d | QLinear):
+            inputs = module.input_quantizer
+            bits = None if inputs is None else inputs.spec.bits
+            rows.append(Row(name, kind, module.weight_quantizer.spec.bits, bits))
+        elif isinstance(module, QReLU):
+            rows.append(Row(name, kind, None, module.quantizer.spec.bits))
+        elif any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            rows.append(Row(name, kind, None, None))
+    return rows
+
+
+def split_parameters(student: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(parameters of the network, logarithms of learned scales), two groups for an optimizer.
+
+    A step of ``lr`` changes a scale by the ratio ``exp(lr)``: 0.003 to 0.01 suit Adam at 2 to 4
+    bits.
+    """
+    scales = [
+        module.log_scale
+        for module in student.modules()
+        if isinstance(module, Quantizer) and module.mode == "learned"
+    ]
+    learned = {id(scale) for scale in scales}
+    return [p for p in student.parameters() if id(p) not in learned], scales  # type: ignore
+
+
+def _check_options(protocol: str, scales: str, edge_bits: int | None) -> None:
+    if protocol not in ("brecq", "gdfq"):
+        raise InputError(f"protocol must be brecq or gdfq, got {protocol!r}.")
+    if scales not in ("learned", "minmax"):
+        raise InputError(f"scales must be learned or minmax, got {scales!r}.")
+    if edge_bits is not None and not 2 <= edge_bits <= 8:
+        raise InputError(f"edge_bits must be 2 to 8, got {edge_bits}.")
+
+
+def _resolve_overrides(overrides: Overrides, names: list[str]) -> dict[str, Bits | None]:
+    """The bits of every module name that an override speaks of."""
+    chosen: dict[str, Bits | None] = {}
+    for pattern, bits in overrides.items():
+        matched = [n for n in names if _matches(n, pattern)]
+        if not matched:
+            raise InputError(
+                f"the override {pattern!r} matches no module; the modules are called like "
+                f"{', '.join(name for name in names[-3:])}."
+            )
+        chosen |= dict.fromkeys(matched, None if bits is None else _pair(bits))
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether the pattern names the module or one above it."""
+    return any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
+
+
+def _pair(bits: str | int) -> Bits:
+    return parse_bits(f"w{bits}a{bits}" if isinstance(bits, int) else bits)
+
+
+def _execution_order(student: nn.Module, layers: list[str], shape: tuple[int, ...]) -> list[str]:
+    """The layers in the order in which a batch of one zero image reaches them."""
+    order: list[str] = []
+    handles = [
+        student.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: order.append(name)
+        )
+        for name in layers
+    ]
+    some = next(student.parameters())
+    try:
+        with torch.no_grad(), evaluating(student):
+            student(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise InputError(
+            f"the model does not run on one image of shape {shape}; give its own ({reason})."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order or layers
+
+
+def _quantized(layer: nn.Module, bits: Bits, protocol: str, scales: str) -> nn.Module:
+    weight_bits, input_bits = bits
+    symmetric = scales == "learned"
+    weight_spec = QuantSpec(
+        weight_bits, symmetric=symmetric, axis=0, midrise=symmetric and weight_bits == 2
+    )
+    input_spec = _activation_spec(input_bits) if protocol == "brecq" else None
+    if isinstance(layer, nn.Conv2d):
+        return QConv2d.from_float(layer, weight_spec, input_spec, scales=scales)
+    assert isinstance(layer, nn.Linear)
+    return QLinear.from_float(layer, weight_spec, input_spec, scales=scales)
+
+
+def _quantized_relus(
+    student: nn.Module, chosen: Mapping[str, Bits | None], target: Bits, scales: str
+) -> dict[nn.Module, nn.Module]:
+    relus = {n: m for n, m in student.named_modules() if type(m) in (nn.ReLU, nn.ReLU6)}
+    if not relus:
+        raise InputError(
+            "protocol gdfq quantizes the outputs of nn.ReLU and nn.ReLU6 modules and the model has "
+            "none (functional calls cannot be found); make them modules or use protocol brecq."
+        )
+    device = next(student.parameters()).device
+    return {
+        relu: QReLU.from_float(relu, _activation_spec(bits[1]), scales=scales, device=device)
+        for name, relu in relus.items()
+        if (bits := chosen.get(name, target))
+    }
+
+
+def _activation_spec(bits: int) -> QuantSpec:
+    return QuantSpec(bits, symmetric=False, signed=False)
+
+
+def _replace(student: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """``student`` with every use of a key replaced by its value."""
+    if student in replacements:
+        return replacements[student]
+    for parent in list(student.modules()):
+        for child, module in list(parent._modules.items()):
+            if module is not None and module in replacements:
+                setattr(parent, child, replacements[module])
+    return student

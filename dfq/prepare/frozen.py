@@ -1,0 +1,56 @@
+"""BatchNorm that keeps its running statistics, whatever ``train()`` says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class Frozen:
+    """Put before a module's class, it keeps the module in eval mode; parameters still train."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Stay in eval mode."""
+        return super().train(False)  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Turn every BatchNorm of ``model``, in place, into a ``Frozen`` one of the same class.
+
+    The model was trained with these statistics and the images are synthetic: a student whose
+    statistics follow them is lost (GDFQ, arXiv:2003.03603, fine-tunes with them fixed).
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, Frozen):
+            module.__class__ = _frozen(type(module))  # type: ignore[assignment, arg-type]
+            module.eval()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, every module of ``model`` is in eval mode; then each is as it was."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+@functools.cache
+def _frozen(kind: Any) -> type[nn.Module]:
+    return type(f"Frozen{kind.__name__}", (Frozen, kind), {})
+
+
+def _rebuild(kind: Any) -> nn.Module:
+    cls = _frozen(kind)
+    return cls.__new__(cls)
