@@ -30,6 +30,7 @@ LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
 REMEDY = {
     "compiled": "Compile it with `python -m dfq_kernels.build` in a source checkout",
     "triton": "Install triton and use a CUDA tensor",
+    "reference": "Install dfq_kernels whole",
 }
 
 # CUDA ops that ran on a GPU, with their record in bench/results; others run only when forced.
@@ -125,9 +126,9 @@ def _why_not(backend: str, device: str) -> str:
         if device == "cuda" and not PROVEN_ON_CUDA:
             return "no GPU has proven it yet; DFQ_BACKEND=compiled runs it all the same."
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _exists("triton"):
             return "triton is not installed. Install it with `pip install triton`."
-        if importlib.util.find_spec("dfq_kernels._triton") is None:
+        if not _exists("dfq_kernels._triton"):
             return "this version of dfq_kernels has no Triton kernels."
     return ""
 
@@ -157,18 +158,20 @@ def _load_library(device: str) -> bool:
 
 
 def _triton(op: str) -> Callable[..., Any] | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return _from_module("dfq_kernels._triton", op, op)
+    return _from_module("dfq_kernels._triton", op, op) if _exists("triton") else None
+
+
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _from_module(package: str, op: str, name: str) -> Callable[..., Any] | None:
     """``name`` from the module of ``package`` whose stem begins ``op``, the longest first."""
-    if importlib.util.find_spec(package) is None:
+    if not _exists(package):
         return None
     words = op.split("_")
     for length in range(len(words), 0, -1):
         module = f"{package}.{'_'.join(words[:length])}"
-        if importlib.util.find_spec(module) is not None:
+        if _exists(module):
             return getattr(importlib.import_module(module), name, None)
     return None
