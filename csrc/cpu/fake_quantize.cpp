@@ -37,30 +37,40 @@ struct Call {
   }
 };
 
-// Grids repeated along a row of `length` neighbours, and room for one vector past the end.
+// At least n floats, zero, whole vectors of them, and the first on a cache line.
+class AlignedFloats {
+ public:
+  explicit AlignedFloats(int64_t n) : lines_(ceil_div(n, kLanes)) {}
+  float* data() { return lines_.front().value; }
+  const float* data() const { return lines_.front().value; }
+  void clear() { std::fill(lines_.begin(), lines_.end(), Line()); }
+
+ private:
+  struct alignas(64) Line {
+    float value[kLanes] = {};
+  };
+  std::vector<Line> lines_;
+};
+
+// The grids of a row of `length` neighbours, among which the channels repeat.
 class Table {
  public:
-  Table(const Call& call, int64_t length) : size_(std::max<int64_t>(length, kLanes)) {
-    values_.resize(4 * size_);
+  Table(const Call& call, int64_t length)
+      : inverse_(length), scale_(length), low_(length), high_(length) {
     for (int64_t i = 0; i < length; ++i) {
-      const auto grid = i < call.channels() ? call.grid(i) : at(i - call.channels());
-      values_[i] = grid.inverse;
-      values_[size_ + i] = grid.scale;
-      values_[2 * size_ + i] = grid.low;
-      values_[3 * size_ + i] = grid.high;
+      const auto grid = call.grid(i % call.channels());
+      inverse_.data()[i] = grid.inverse;
+      scale_.data()[i] = grid.scale;
+      low_.data()[i] = grid.low;
+      high_.data()[i] = grid.high;
     }
   }
   GridTable from(int64_t i) const {
-    const float* values = values_.data() + i;
-    return {values, values + size_, values + 2 * size_, values + 3 * size_};
+    return {inverse_.data() + i, scale_.data() + i, low_.data() + i, high_.data() + i};
   }
 
  private:
-  Grid<float> at(int64_t i) const {
-    return {values_[i], values_[size_ + i], values_[2 * size_ + i], values_[3 * size_ + i]};
-  }
-  int64_t size_;
-  std::vector<float> values_;
+  AlignedFloats inverse_, scale_, low_, high_;
 };
 
 template <class T>
@@ -182,12 +192,24 @@ void run_elementwise(const Call& call, const Units<T>& units) {
   });
 }
 
-// Sums over rows of one channel each: one partial sum a unit, added up in the order of
-// units.
+// The sums of the terms of backward, one a channel.
+struct ChannelSums {
+  std::vector<double> scale, clamped;
+
+  explicit ChannelSums(int64_t channels) : scale(channels), clamped(channels) {}
+  void add(const ChannelSums& other) {
+    for (size_t c = 0; c < scale.size(); ++c) {
+      scale[c] += other.scale[c];
+      clamped[c] += other.clamped[c];
+    }
+  }
+};
+
+// Sums over rows of one channel each: one partial sum a unit, added up in the order of units.
 template <bool Drop, class T>
-std::vector<GradientSums> backward_rows(const Call& call, const Units<T>& units) {
+ChannelSums backward_rows(const Call& call, const Units<T>& units) {
   struct Partial {
-    GradientSums sums;
+    RowSums sums;
     int64_t channel;
   };
   std::vector<Partial> partials(units.count());
@@ -198,51 +220,50 @@ std::vector<GradientSums> backward_rows(const Call& call, const Units<T>& units)
       run<BackwardRow<Drop>>(span, call.grid(unit.channel), &partial.sums);
     });
   });
-  std::vector<GradientSums> totals(call.channels());
+  ChannelSums totals(call.channels());
   for (const Partial& partial : partials) {
-    totals[partial.channel].scale += partial.sums.scale;
-    totals[partial.channel].clamped += partial.sums.clamped;
+    totals.scale[partial.channel] += partial.sums.scale;
+    totals.clamped[partial.channel] += partial.sums.clamped;
   }
   return totals;
 }
 
-// Sums of one position of a row of channels, over the rows of a chunk.
-class ColumnSums {
+// Sums for each position of a row of channels, over the rows of a chunk.
+class PositionSums {
  public:
-  ColumnSums(int64_t length, GradientSums* totals, int64_t channels)
-      : scale_(std::max<int64_t>(length, kLanes)),
-        clamped_(scale_.size()),
-        length_(length),
-        totals_(totals),
-        channels_(channels) {}
+  PositionSums(int64_t length, ChannelSums& totals)
+      : length_(length), scale_(length), clamped_(length), totals_(totals) {}
   float* scale(int64_t column) { return scale_.data() + column; }
   float* clamped(int64_t column) { return clamped_.data() + column; }
   void flush() {
-    for (int64_t begin = 0; begin < length_; begin += channels_) {
-      for (int64_t c = 0; c < channels_; ++c) {
-        totals_[c].scale += scale_[begin + c];
-        totals_[c].clamped += clamped_[begin + c];
-      }
+    const int64_t channels = totals_.scale.size();
+    for (int64_t begin = 0; begin < length_; begin += channels) {
+      add(scale(begin), totals_.scale);
+      add(clamped(begin), totals_.clamped);
     }
-    std::fill(scale_.begin(), scale_.end(), 0.0f);
-    std::fill(clamped_.begin(), clamped_.end(), 0.0f);
+    scale_.clear();
+    clamped_.clear();
   }
 
  private:
-  std::vector<float> scale_, clamped_;
+  static void add(const float* sums, std::vector<double>& totals) {
+    for (size_t c = 0; c < totals.size(); ++c) {
+      totals[c] += sums[c];
+    }
+  }
   int64_t length_;
-  GradientSums* totals_;
-  int64_t channels_;
+  AlignedFloats scale_, clamped_;
+  ChannelSums& totals_;
 };
 
-// Sums over rows in which the channel varies: sums for every channel in each chunk.
+// Sums over rows in which the channel varies: for every channel in each chunk.
 template <bool Drop, class T>
-std::vector<GradientSums> backward_table(const Call& call, const Units<T>& units) {
+ChannelSums backward_table(const Call& call, const Units<T>& units) {
   const int64_t channels = call.channels(), length = units.inner().size;
   const Table table(call, length);
-  std::vector<GradientSums> partials(units.chunks() * channels);
+  std::vector<ChannelSums> partials(units.chunks(), ChannelSums(channels));
   each_chunk(units, [&](int64_t chunk) {
-    ColumnSums sums(length, partials.data() + chunk * channels, channels);
+    PositionSums sums(length, partials[chunk]);
     int64_t spans = 0;
     units.visit(chunk, [&](const Span<T>& span, const auto& unit) {
       run<BackwardTable<Drop>>(span, table.from(unit.column), sums.scale(unit.column),
@@ -253,10 +274,9 @@ std::vector<GradientSums> backward_table(const Call& call, const Units<T>& units
     });
     sums.flush();
   });
-  std::vector<GradientSums> totals(partials.begin(), partials.begin() + channels);
-  for (size_t i = channels; i < partials.size(); ++i) {
-    totals[i % channels].scale += partials[i].scale;
-    totals[i % channels].clamped += partials[i].clamped;
+  ChannelSums totals(channels);
+  for (const ChannelSums& partial : partials) {
+    totals.add(partial);
   }
   return totals;
 }
@@ -290,9 +310,8 @@ struct Needs {
 };
 
 // The gradient of x into `dx` if it is needed; the sums, one a channel, if they are.
-std::vector<GradientSums> backward(const Call& call, const Tensor& grad, const Tensor& dx,
-                                   Needs needs) {
-  std::vector<GradientSums> totals(call.channels());
+ChannelSums backward(const Call& call, const Tensor& grad, const Tensor& dx, Needs needs) {
+  ChannelSums totals(call.channels());
   with_storage(call.x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Units<T> units(call, dx, grad, needs.x ? mutable_data<T>(dx) : nullptr);
@@ -318,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
   const Tensor dx = torch::stable::empty_like(x);
   const auto totals = x.numel() > 0 && (needs_x || needs_scale || needs_zero_point)
                           ? backward(call, grad, dx, needs)
-                          : std::vector<GradientSums>(call.channels());
+                          : ChannelSums(call.channels());
   const auto empty = [](const Tensor& like, int64_t size) {
     return torch::stable::new_empty(like, {size});
   };
@@ -327,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
   const Tensor dzero_point = empty(scale, needs_zero_point ? channels : 0);
   for (int64_t c = 0; c < channels; ++c) {
     if (needs_scale) {
-      mutable_data<float>(dscale)[c] = static_cast<float>(totals[c].scale);
+      mutable_data<float>(dscale)[c] = static_cast<float>(totals.scale[c]);
     }
     if (needs_zero_point) {
       mutable_data<float>(dzero_point)[c] =
-          static_cast<float>(-call.grid(c).scale * totals[c].clamped);
+          static_cast<float>(-call.grid(c).scale * totals.clamped[c]);
     }
   }
   return {needs_x ? dx : empty(x, 0), dscale, dzero_point};

@@ -99,7 +99,7 @@ DFQ_INLINE Gradients<Floats<W>> backward_tail(const Span<T>& span, const Grids& 
   return {result.x, only(fresh, result.scale), only(fresh, result.clamped)};
 }
 
-struct GradientSums {
+struct RowSums {
   double scale = 0;
   double clamped = 0;
 };
@@ -108,7 +108,7 @@ struct GradientSums {
 template <bool Drop>
 struct BackwardRow {
   template <int W, class T>
-  static DFQ_INLINE void run(Span<T> span, Grid<float> from, GradientSums* sums) {
+  static DFQ_INLINE void run(Span<T> span, Grid<float> from, RowSums* sums) {
     const auto grid = load_grids<W>(from);
     int64_t i = 0;
     while (i + kLanes <= span.n) {
@@ -129,7 +129,7 @@ struct BackwardRow {
 
  private:
   template <class F>
-  static DFQ_INLINE void add(GradientSums* sums, F scale, F clamped) {
+  static DFQ_INLINE void add(RowSums* sums, F scale, F clamped) {
     sums->scale += sum(scale);
     sums->clamped += sum(clamped);
   }
