@@ -16,7 +16,7 @@ class StudentConfig:
         steps_per_batch: student steps after each generator batch, once the student has begun.
         batch_size: images of a student step.
         lr: rate for weights, biases and BatchNorm's affine part, falling to 0.
-        scale_lr: rate for the learned scales, falling to 0.
+        scale_lr: rate for the logarithms of the learned scales, falling to 0.
         temperature: of the distillation.
         shift: images are flipped at random and moved by up to so many pixels; None: left alone.
         optimizer: Adam, or SGD with Nesterov momentum 0.9 and weight decay 1e-4 (GDFQ's code).
@@ -26,7 +26,7 @@ class StudentConfig:
     steps_per_batch: int = 1000
     batch_size: int = 64
     lr: float = 5e-4
-    scale_lr: float = 1e-3
+    scale_lr: float = 5e-3
     temperature: float = 4.0
     shift: int | None = 3
     optimizer: Literal["adam", "sgd"] = "adam"

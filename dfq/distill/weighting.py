@@ -84,6 +84,8 @@ def weighted_divergence(
 def weight_entropy(weights: Tensor) -> Tensor:
     """Mean entropy of the rows of [B, teachers], from 0 (one teacher rules) to 1 (all equal)."""
     teachers = weights.shape[1]
+    if teachers == 1:
+        return weights.new_ones(())
     entropy = -torch.special.xlogy(weights, weights).sum(1).mean()
     return entropy / math.log(teachers)
 

@@ -1,1 +1,27 @@
-"""One file per published method; each reads top to bottom like its paper's algorithm box."""
+"""One file per published method; each reads top to bottom like its paper's algorithm box.
+
+A method is ``(teacher, student, data, config, *, rng, report) -> (student, images)``: ``teacher``
+is float, frozen and in eval mode, ``student`` comes from ``dfq.prepare.prepare`` and is trained in
+place, ``rng`` is a CPU generator.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
+from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq
+
+
+class Method(NamedTuple):
+    """A method and its configs by effort: quick, default, full, and the paper's own."""
+
+    run: Callable[..., Any]
+    efforts: Mapping[str, Any]
+
+
+METHODS = {
+    "dmkd": Method(dmkd, DMKD_EFFORTS),
+    "gdfq": Method(gdfq, GDFQ_EFFORTS),
+}
+
+__all__ = ["METHODS", "DMKDConfig", "GDFQConfig", "Method", "dmkd", "gdfq"]

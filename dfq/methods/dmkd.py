@@ -1,0 +1,159 @@
+"""DMKD: data-free low-bit quantization by dynamic multi-teacher knowledge distillation.
+
+Huang et al., PRCV 2023, doi:10.1007/978-981-99-8543-2_3. A generator makes the images; the float
+model and high-bit quantized copies of it teach one low-bit student; a tiny full-precision network,
+trained along, says how much each teacher counts.
+
+The paper is known by its abstract alone: those three sentences are its. Which teachers, what the
+tiny network sees and what it minimizes, the losses and the schedule are our reconstruction, with
+GDFQ's generator (arXiv:2003.03603) underneath; ``DMKD_EFFORTS["paper"]`` is GDFQ's schedule with
+everything unknown at our reading R1 of it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dfq.descent import anneal, descend
+from dfq.distill.losses import multi_teacher_divergence
+from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
+from dfq.distill.weighting import (
+    Objective,
+    TeacherWeightNet,
+    WeightInput,
+    weight_entropy,
+    weighted_divergence,
+)
+from dfq.prepare import calibrate, prepare, split_parameters
+from dfq.synthesize.generate import (
+    GDFQ_GENERATOR,
+    GeneratorConfig,
+    check_schedule,
+    generated_batches,
+)
+from dfq.synthesize.pool import ImagePool, augment
+from dfq.types import DataSpec, Images, Report, silent
+
+
+@dataclass(frozen=True)
+class DMKDConfig:
+    """Hyper-parameters; all are ours, since the paper's are not public.
+
+    Attributes:
+        generator: how the generator learns.
+        student: how the student learns.
+        batches: generator batches in all.
+        warmup_batches: batches made before the student begins; all ranges are taken then.
+        pool_batches: the latest batches, from which the student draws.
+        teacher_bits: bits of the quantized teachers beside the float one, weights and activations.
+        weight_input: what the weight net looks at.
+        objective: what the weight net and the student minimize, R1 to R4 of ``weighting.py``.
+        entropy_weight: of the objective "entropy".
+        weight_lr: Adam's rate for the weight net.
+    """
+
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    batches: int = 8
+    warmup_batches: int = 8
+    pool_batches: int = 8
+    teacher_bits: tuple[int, ...] = (8, 6)
+    weight_input: WeightInput = "image"
+    objective: Objective = "uncertainty"
+    entropy_weight: float = 0.1
+    weight_lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_schedule(self.batches, self.warmup_batches, self.pool_batches)
+
+
+_QUICK = DMKDConfig(
+    generator=GeneratorConfig(steps_per_batch=40),
+    student=StudentConfig(steps_per_batch=300),
+    batches=4,
+    warmup_batches=4,
+    pool_batches=4,
+)
+_FULL = DMKDConfig(
+    student=StudentConfig(steps_per_batch=4000), batches=32, warmup_batches=32, pool_batches=32
+)
+_PAPER = DMKDConfig(
+    generator=GDFQ_GENERATOR,
+    student=GDFQ_STUDENT,
+    batches=80_000,
+    warmup_batches=800,
+    pool_batches=1,
+    objective="softmax",
+)
+DMKD_EFFORTS = {"quick": _QUICK, "default": DMKDConfig(), "full": _FULL, "paper": _PAPER}
+
+
+def dmkd(
+    teacher: nn.Module,
+    student: nn.Module,
+    data: DataSpec,
+    config: DMKDConfig,
+    *,
+    rng: torch.Generator,
+    report: Report = silent,
+) -> tuple[nn.Module, Images]:
+    """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
+    pool = ImagePool(config.pool_batches * config.generator.batch_size)
+    teachers = [teacher, *(_quantized_teacher(teacher, bits) for bits in config.teacher_bits)]
+    weight_net = _seeded_weight_net(len(teachers), data, config, rng)
+    weight_net.to(next(teacher.parameters()).device)
+    optimizer = student_optimizer(*split_parameters(student), config.student)
+    weight_optimizer = torch.optim.Adam(weight_net.parameters(), lr=config.weight_lr)
+    batches = generated_batches(
+        teacher, data, config.generator, config.batches, rng=rng, report=report
+    )
+    steps = config.student.steps_per_batch
+    total = steps * (config.batches - config.warmup_batches + 1)
+    for batch, (images, labels) in enumerate(batches):
+        pool.add(images, labels)
+        if batch + 1 < config.warmup_batches:
+            continue
+        if batch + 1 == config.warmup_batches:
+            for model in (*teachers[1:], student):
+                calibrate(model, pool.all().images)
+        first = steps * (batch + 1 - config.warmup_batches)
+        for step in range(first, first + steps):
+            anneal(optimizer, step / total, config.student.milestones)
+            images, _ = pool.sample(config.student.batch_size, rng)
+            images = augment(images, config.student.shift, rng)
+            with torch.no_grad():
+                teacher_logits = [model(images) for model in teachers]
+            student_logits = student(images)
+            divergence = multi_teacher_divergence(
+                student_logits, teacher_logits, config.student.temperature
+            )
+            scores = weight_net(images, torch.stack([*teacher_logits, student_logits.detach()], 1))
+            loss, weights = weighted_divergence(
+                divergence, scores, config.objective, config.entropy_weight
+            )
+            descend(loss.mean(), optimizer, weight_optimizer)
+            report("distill", step + 1, total, **_measures(divergence, weights))
+    return student, pool.all()
+
+
+def _quantized_teacher(teacher: nn.Module, bits: int) -> nn.Module:
+    return prepare(teacher, f"w{bits}a{bits}").requires_grad_(False)
+
+
+def _seeded_weight_net(
+    teachers: int, data: DataSpec, config: DMKDConfig, rng: torch.Generator
+) -> TeacherWeightNet:
+    with torch.random.fork_rng(devices=[]):  # layers initialize from the global generator
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        return TeacherWeightNet(config.weight_input, teachers, data.shape[0], data.classes)
+
+
+def _measures(divergence: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """What the monitor shows: per-teacher divergence and weight, and the weights' entropy."""
+    divergence, weights = divergence.detach().mean(0), weights.detach()
+    measures = {"weight_entropy": weight_entropy(weights)}
+    for index in range(len(divergence)):
+        measures[f"kd_{index}"] = divergence[index]
+        measures[f"weight_{index}"] = weights[:, index].mean()
+    return measures

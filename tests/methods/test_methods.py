@@ -1,0 +1,153 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dfq.distill.student import StudentConfig
+from dfq.methods import METHODS
+from dfq.prepare import prepare
+from dfq.synthesize.generate import GeneratorConfig
+from dfq.types import DataSpec, InputError
+
+DATA = DataSpec(shape=(3, 8, 8), classes=4)
+TINY = {
+    "generator": GeneratorConfig(batch_size=16, steps_per_batch=3, first_steps=2, latent_dim=8),
+    "student": StudentConfig(steps_per_batch=4, batch_size=8, lr=1e-3),
+    "batches": 3,
+    "warmup_batches": 2,
+    "pool_batches": 2,
+}
+
+
+def _teacher():
+    torch.manual_seed(1)
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    body += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    model[-1].weight.data *= 30  # logits far enough apart that low bits hurt
+    return model.eval().requires_grad_(False)
+
+
+def _train(name, seed=0, report=None, **changes):
+    method = METHODS[name]
+    teacher = _teacher()
+    student = prepare(teacher, "w3a3")
+    config = replace(method.efforts["default"], **{**TINY, **changes})
+    lines = []
+    record = report or (lambda stage, step, steps, **v: lines.append((stage, step, steps, v)))
+    rng = torch.Generator().manual_seed(seed)
+    student, images = method.run(teacher, student, DATA, config, rng=rng, report=record)
+    return teacher, student, images, lines
+
+
+def _same(first, second):
+    return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_the_student_and_leaves_the_teacher_alone(name):
+    teacher, student, _, _ = _train(name)
+    assert _same(teacher, _teacher())
+    assert not torch.equal(student[3].weight, teacher[3].weight)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+    assert torch.equal(student[1].running_mean, teacher[1].running_mean)
+    assert torch.equal(student[1].running_var, teacher[1].running_var)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_gives_the_same_student_and_another_seed_another(name):
+    first, second, other = _train(name), _train(name), _train(name, seed=1)
+    assert _same(first[1], second[1])
+    assert torch.equal(first[2].images, second[2].images)
+    assert not _same(first[1], other[1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_student_begins_after_the_warm_up_and_counts_its_steps(name):
+    *_, lines = _train(name)
+    stages = [stage for stage, *_ in lines]
+    assert stages == ["synthesize"] * 8 + ["distill"] * 4 + ["synthesize"] * 3 + ["distill"] * 4
+    distill = [(step, steps) for stage, step, steps, _ in lines if stage == "distill"]
+    assert distill == [(step, 8) for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_pool_holds_the_latest_batches(name):
+    *_, images, _ = _train(name, pool_batches=2)
+    assert images.images.shape == (32, 3, 8, 8)
+    assert images.labels.shape == (32,)
+
+
+@pytest.mark.parametrize("effort", ["quick", "default", "full", "paper"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_effort_runs(name, effort):
+    config = METHODS[name].efforts[effort]
+    short = {
+        "generator": replace(config.generator, batch_size=8, steps_per_batch=1, first_steps=1),
+        "student": replace(config.student, steps_per_batch=1, batch_size=4),
+        "batches": 2,
+        "warmup_batches": 1,
+        "pool_batches": 1,
+    }
+    student, _ = METHODS[name].run(
+        _teacher(),
+        prepare(_teacher(), "w4a4"),
+        DATA,
+        replace(config, **short),
+        rng=torch.Generator().manual_seed(0),
+    )
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_student_that_never_begins_is_refused(name):
+    with pytest.raises(InputError, match="warmup_batches"):
+        replace(METHODS[name].efforts["default"], batches=2, warmup_batches=3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_learning_brings_the_student_nearer_to_its_teacher(name):
+    student_config = StudentConfig(steps_per_batch=150, batch_size=16, lr=2e-3)
+    *_, lines = _train(name, student=student_config, batches=2)
+    key = "kd" if name == "gdfq" else "kd_0"
+    divergence = [float(v[key]) for stage, *_, v in lines if stage == "distill"]
+    assert sum(divergence[-20:]) < 0.5 * sum(divergence[:20])
+
+
+def test_dmkd_weights_change_the_student():
+    static = _train("dmkd", weight_lr=0.0)[1]
+    assert not _same(static, _train("dmkd")[1])
+
+
+def test_dmkd_quantized_teachers_change_the_student():
+    assert not _same(_train("dmkd", teacher_bits=())[1], _train("dmkd")[1])
+
+
+@pytest.mark.parametrize("weight_input", ["image", "logits", "bank"])
+@pytest.mark.parametrize("objective", ["uncertainty", "entropy"])
+def test_dmkd_keeps_every_teacher_in_play(weight_input, objective):
+    """Check 8 of the weight-collapse monitor: entropy stays above 5 % of log(teachers)."""
+    *_, lines = _train(
+        "dmkd",
+        weight_input=weight_input,
+        objective=objective,
+        entropy_weight=1.0,
+        weight_lr=0.05,
+        student=StudentConfig(steps_per_batch=100, batch_size=8),
+    )
+    last = lines[-1][-1]
+    assert float(last["weight_entropy"]) > 0.05
+    torch.testing.assert_close(sum(last[f"weight_{k}"] for k in range(3)), torch.tensor(1.0))
+
+
+def test_dmkd_plain_softmax_shows_the_collapse():
+    """The monitor can fail: R1's weights run to one teacher."""
+    *_, lines = _train(
+        "dmkd",
+        weight_input="bank",
+        objective="softmax",
+        weight_lr=1.0,
+        student=StudentConfig(steps_per_batch=100, batch_size=8),
+    )
+    assert float(lines[-1][-1]["weight_entropy"]) < 0.05

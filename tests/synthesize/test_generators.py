@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from dfq.synthesize.generators import ConditionalGenerator
+from dfq.types import DataSpec
+
+
+@pytest.mark.parametrize("conditioning", ["embedding", "batchnorm"])
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 14), (4, 8, 8)], ids=str)
+def test_any_image_shape(shape, conditioning):
+    data = DataSpec(shape=shape, classes=5)
+    generator = ConditionalGenerator(data, 12, width=8, conditioning=conditioning)
+    images = generator(torch.randn(6, 12), torch.arange(6) % 5)
+    assert images.shape == (6, *shape)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
+
+
+def test_form_follows_image_size():
+    small = ConditionalGenerator(DataSpec(shape=(3, 64, 64), classes=2), width=4)
+    large = ConditionalGenerator(DataSpec(shape=(3, 65, 65), classes=2), width=4)
+    assert small.embedding is not None
+    assert large.embedding is None
+
+
+@pytest.mark.parametrize("conditioning", ["embedding", "batchnorm"])
+def test_the_label_matters(conditioning):
+    data = DataSpec(shape=(3, 16, 16), classes=3)
+    generator = ConditionalGenerator(data, 8, width=8, conditioning=conditioning).eval()
+    for norm in generator.norms:
+        for embedding in norm.children():
+            if isinstance(embedding, torch.nn.Embedding):
+                torch.nn.init.normal_(embedding.weight)  # as if trained: it starts equal
+    latents = torch.randn(1, 8).expand(2, 8)
+    first, second = generator(latents, torch.tensor([0, 1]))
+    assert not torch.allclose(first, second)
