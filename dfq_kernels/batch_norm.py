@@ -241,8 +241,8 @@ def _(x: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
 @_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, learns = args[3], args[-1]
-    grads = [_per_channel(x) if learns else x.new_empty(0, dtype=torch.float32) for _ in range(2)]
-    return torch.empty_like(x), *grads
+    grad_weight = _per_channel(x) if learns else x.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(x), grad_weight, torch.empty_like(grad_weight)
 
 
 @_statistics_backward.register_fake
