@@ -17,6 +17,8 @@ def _refused(path, data=DATA):
 
 
 def _folder(path, size=(8, 8), classes=("ant", "bee", "cow", "dog"), mode="L"):
+    path.mkdir()
+    (path / "README.txt").write_text("beside the folders, as people do")
     for value, name in enumerate(classes):
         (path / name).mkdir(parents=True)
         for index in range(2):
@@ -76,9 +78,9 @@ def test_an_npz_of_objects_is_not_unpickled(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "text"])
 def test_a_corrupt_npz_is_refused(tmp_path, damage):
-    path = save_images(tmp_path / "e.npz")
+    path = save_images(tmp_path / "e.npz", 4000)
     content = bytearray(path.read_bytes())
-    content[1000] ^= 255  # a pixel: only the checksum can tell
+    content[100_000] ^= 255  # a pixel far from the header: only the checksum can tell
     path.write_bytes({"cut": content[:500], "flip": content, "text": b"hello"}[damage])
     assert "corrupt" in _refused(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dfq.report.recorder import logger
 from dfq.types import Report
 
 if TYPE_CHECKING:
@@ -32,13 +34,18 @@ PLAIN_SECONDS = 10.0
 
 @contextmanager
 def progress(console: Console) -> Iterator[Report]:
-    """Give a report that shows itself on ``console`` until the context ends."""
-    if not console.is_terminal:
-        yield PlainLines(console)
-        return
-    bars = LiveBars(console)
-    with bars.live:
-        yield bars
+    """Give a report that shows itself, and dfq's warnings, on ``console`` until the block ends."""
+    warnings = _Warnings(console)
+    logger.addHandler(warnings)
+    try:
+        if not console.is_terminal:
+            yield PlainLines(console)
+            return
+        bars = LiveBars(console)
+        with bars.live:
+            yield bars
+    finally:
+        logger.removeHandler(warnings)
 
 
 class LiveBars:
@@ -76,12 +83,14 @@ class PlainLines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._starts: dict[str, float] = {}
-        self._printed = time.monotonic()
+        self._heard = self._printed = time.monotonic()
 
     def __call__(self, stage: str, step: int, steps: int, **values: Tensor | float) -> None:
         """Print when it is time to."""
         now = time.monotonic()
-        started = self._starts.setdefault(stage, now)
+        # the first step of a stage began when the one before it was told
+        started = self._starts.setdefault(stage, self._heard)
+        self._heard = now
         if step != steps and now - self._printed < PLAIN_SECONDS:
             return
         self._printed = now
@@ -91,6 +100,18 @@ class PlainLines:
             when = f"done in {_clock(spent)}"
         line = f"{stage} {step}/{steps}  {when}  {_values(values)}"
         self._console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)
+
+
+class _Warnings(logging.Handler):
+    """One line a warning, above the bars."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"warning: {record.getMessage()}"
+        self._console.print(line, style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
 def accuracy_table(results: Mapping[str, Any]) -> Table:

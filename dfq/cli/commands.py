@@ -1,0 +1,82 @@
+"""``dfq quantize`` and ``dfq evaluate``: flags in, progress and a table out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from dfq.cli.flags import QuantizeFlags, data_spec, parse_evaluate, parse_quantize
+from dfq.evaluate import check as check_evaluation
+from dfq.evaluate import evaluate
+from dfq.models import load
+from dfq.pipeline import Request, Source, execute, load_student, resolve, resolve_device
+from dfq.report.display import accuracy_table, progress
+from dfq.types import InputError
+
+
+def quantize_command(argv: Sequence[str]) -> int:
+    """Quantize a model and say how well it went."""
+    flags, config = parse_quantize(argv)
+    data = data_spec(flags)
+    request = Request(
+        bits=flags.bits,
+        method=flags.method,
+        config=config,
+        effort=flags.effort,
+        protocol=flags.protocol,
+        edge_bits=flags.edge_bits,
+        scales=flags.scales,
+        seed=flags.seed,
+        device=flags.device,
+        threads=flags.threads,
+        out=flags.out,
+        overwrite=flags.overwrite,
+        eval_file=flags.eval,
+        source=Source(flags.model, flags.weights),
+    )
+    resolve(request, data)  # mistakes in flags before the model is built or fetched
+    teacher = load(flags.model, data, flags.weights)
+    errors, out = Console(stderr=True), Console()
+    with progress(errors) as report:
+        run = execute(teacher, data, request, report)
+    if flags.eval:
+        out.print(accuracy_table(run.results))
+    out.print(_farewell(flags, run.results["seconds"]), highlight=False, soft_wrap=True)
+    return 0
+
+
+def evaluate_command(argv: Sequence[str]) -> int:
+    """Measure a run's student or a float model."""
+    flags = parse_evaluate(argv)
+    device = resolve_device(flags.device)
+    folder = Path(flags.target)
+    if folder.is_dir():
+        model, data = load_student(folder)
+        check_evaluation(flags.eval, data)
+    else:
+        if not flags.shape or not flags.classes:
+            raise InputError(
+                f"{flags.target} is no folder of a run, and a MODEL needs --shape and --classes; "
+                "add them."
+            )
+        data = data_spec(flags)
+        check_evaluation(flags.eval, data)
+        model = load(flags.target, data, flags.weights)
+    accuracy = evaluate(model.to(torch.device(device)), flags.eval, data)
+    print(
+        f"top-1 {accuracy.top1:.2f} % on {accuracy.count} images "
+        f"(95 % interval {accuracy.low:.1f} .. {accuracy.high:.1f})"
+    )
+    return 0
+
+
+def _farewell(flags: QuantizeFlags, seconds: dict[str, float]) -> str:
+    minutes, rest = divmod(round(seconds["total"]), 60)
+    sentences = [f"{flags.bits} by {flags.method} in {minutes} min {rest} s."]
+    if not flags.eval:
+        sentences.append("No accuracy was measured: add --eval FILE.")
+    sentences.append(f"Wrote {flags.out}." if flags.out else "Nothing was written: add --out DIR.")
+    return " ".join(sentences)

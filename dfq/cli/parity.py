@@ -1,0 +1,98 @@
+"""``dfq info --check``: every kernel backend of this machine against the reference, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dfq_kernels import _backend, batch_norm, batch_norm_statistics, fake_quantize
+
+SHAPES = ((3, 8, 16, 16), (2, 5, 7, 3), (1, 1, 1, 1), (4, 33, 31, 1))  # [B, C, H, W]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# sums are taken in another order by each backend: within float32's rounding of their terms
+RTOL, ATOL = 1e-5, 1e-4
+
+Results = Iterator[tuple[str, Tensor]]  # name and value; a name that ends in "sum" is a reduction
+Case = Callable[[Tensor, Tensor], Results]
+
+
+def check() -> tuple[list[str], bool]:
+    """One line for each op of each available backend, and whether all of them agree."""
+    lines, agreed = [], True
+    for status in _backend.report():
+        if not status.available or status.backend == "reference":
+            continue
+        for op, case in CASES.items():
+            found = _compare(op, case, status)
+            agreed = agreed and not found.startswith("differs")
+            lines.append(f"{status.device:5}{status.backend:11}{op}: {found}")
+    return lines or ["nothing but the reference is available here"], agreed
+
+
+def _compare(op: str, case: Case, status: _backend.Status) -> str:
+    """'agrees with the reference ...', or what differs."""
+    if _backend.variant(op, status.backend, status.device) is None:
+        return "this backend has none, the next one runs"
+    count = 0
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            arguments = _tensors(shape, dtype, status.device)
+            with _backend.use("reference"):
+                expected = list(case(*arguments))
+            with _backend.use(status.backend):
+                actual = list(case(*arguments))
+            for (name, wanted), (_, got) in zip(expected, actual, strict=True):
+                count += 1
+                if not _agree(name, wanted, got):
+                    return f"differs from the reference in {name} of {dtype} {list(shape)}"
+    return f"agrees with the reference on {count} tensors"
+
+
+def _agree(name: str, wanted: Tensor, got: Tensor) -> bool:
+    if name.endswith("sum"):
+        return torch.allclose(wanted.float(), got.float(), RTOL, ATOL)
+    return wanted.dtype == got.dtype and torch.equal(wanted, got)
+
+
+def _tensors(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """``x`` and a gradient; one in eight values lies on a rounding tie of a grid of scale 1/4."""
+    rng = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(shape, generator=rng) for _ in range(2))
+    ties = torch.rand(shape, generator=rng) < 1 / 8
+    x = torch.where(ties, (x * 4).round() / 4 + 1 / 8, x)
+    return x.to(device, dtype), grad.to(device, dtype)
+
+
+def _fake_quantize(x: Tensor, grad: Tensor) -> Results:
+    channels = torch.linspace(0.1, 0.4, x.shape[1], device=x.device)
+    for axis, scale in ((None, channels[-1:] * 0 + 0.25), (1, channels)):
+        a, b, c = (t.clone().requires_grad_() for t in (x, scale, scale * 0 + 3))
+        y = fake_quantize(a, b, c, 0, 15, axis)
+        da, db, dc = torch.autograd.grad(y, (a, b, c), grad)
+        yield from (("y", y), ("dx", da), ("dscale sum", db), ("dzero_point sum", dc))
+    seed = torch.tensor([3], device=x.device)
+    yield "dropped y", fake_quantize(x, scale, scale * 0 + 3, 0, 15, 1, drop=0.5, seed=seed)
+
+
+def _batch_norm(x: Tensor, grad: Tensor) -> Results:
+    ramp = torch.linspace(-1, 1, x.shape[1], device=x.device)
+    for relu in (False, True):
+        a, b, c = (t.clone().requires_grad_() for t in (x, 1 + ramp / 2, ramp))
+        y, mean, var = batch_norm(a, ramp, ramp.abs() + 0.5, b, c, relu=relu)
+        yield from (("y", y), ("mean sum", mean), ("var sum", var))
+        da, db, dc = torch.autograd.grad((y, mean), (a, b, c), (grad, torch.ones_like(mean)))
+        yield from (("dx sum", da), ("dweight sum", db), ("dbias sum", dc))
+
+
+def _batch_norm_statistics(x: Tensor, grad: Tensor) -> Results:
+    mean, var = batch_norm_statistics(x, grad.float().mean((0, 2, 3)))
+    yield from (("mean sum", mean), ("var sum", var))
+
+
+CASES: dict[str, Case] = {
+    "fake_quantize": _fake_quantize,
+    "batch_norm": _batch_norm,
+    "batch_norm_statistics": _batch_norm_statistics,
+}

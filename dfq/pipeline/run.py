@@ -1,0 +1,244 @@
+"""The whole way from a float model to a quantized student, and what is known about it after."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dfq.evaluate import evaluate
+from dfq.methods import METHODS
+from dfq.models import freeze
+from dfq.pipeline import folder as folders
+from dfq.pipeline.provenance import commit, file_sha256, state_sha256, versions
+from dfq.pipeline.request import Request, resolve
+from dfq.prepare import calibrate, describe, prepare
+from dfq.report import Recorder
+from dfq.types import DataSpec, Images, Report, silent
+
+# what result.json says first, and null where nothing was measured
+MEASURED = ("float_top1", "nearest_top1", "student_top1", "agreement", "evaluation")
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    Attributes:
+        student: the fake-quantized network, trainable further.
+        images: the synthetic images it learned from.
+        results: what result.json holds.
+    """
+
+    student: nn.Module
+    images: Images
+    results: dict[str, Any]
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the run folder.
+
+        Raises:
+            InputError: the folder cannot be written, or holds another run.
+        """
+        folder = Path(folder)
+        folders.check(folder, self.results, overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        folders.write_student(folder, self.student, self.images, self.results)
+        folders.write_result(folder, self.results)
+
+
+def quantize(
+    model: nn.Module,
+    data: DataSpec,
+    bits: str = "w4a4",
+    method: str = "dmkd",
+    *,
+    config: Any = None,
+    effort: str = "default",
+    protocol: str = "brecq",
+    edge_bits: int | None = None,
+    scales: str = "learned",
+    seed: int = 0,
+    device: str = "auto",
+    threads: int | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    eval_file: str | Path | None = None,
+    report: Report = silent,
+) -> Run:
+    """Quantize ``model`` without data; ``model`` itself stays as it is.
+
+    Args:
+        model: a trained CNN with BatchNorm, [B, C, H, W] -> logits [B, classes].
+        data: shape, classes and normalization of the images it was trained on.
+        bits: of weights and activations, ``w4a4`` and the like, 2 to 8 each.
+        method: a key of :data:`dfq.methods.METHODS`.
+        config: hyper-parameters of the method; None takes those of ``effort``.
+        effort: ``quick``, ``default``, ``full`` or ``paper``.
+        protocol: ``brecq`` or ``gdfq``, see :func:`dfq.prepare.prepare`.
+        edge_bits: bits of the first and the last layer; None takes the protocol's.
+        scales: ``learned`` or ``minmax``, see :func:`dfq.prepare.prepare`.
+        seed: same seed, same machine: the same student, bit for bit.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one.
+        threads: of the CPU; None leaves torch's number. Another number sums in another order, so
+            the student is another one, of like accuracy.
+        out: run folder; None writes nothing.
+        overwrite: replace the finished run of another call in ``out``.
+        eval_file: ``.npz`` or image folder, measured on once the student is finished.
+        report: told of every step.
+
+    Raises:
+        InputError: anything above is wrong; nothing was written.
+        DivergedError: a loss became NaN or infinite.
+    """
+    request = Request(
+        bits=bits,
+        method=method,
+        config=config,
+        effort=effort,
+        protocol=protocol,
+        edge_bits=edge_bits,
+        scales=scales,
+        seed=seed,
+        device=device,
+        threads=threads,
+        out=_path(out),
+        overwrite=overwrite,
+        eval_file=_path(eval_file),
+    )
+    return execute(model, data, request, report)
+
+
+def execute(model: nn.Module, data: DataSpec, request: Request, report: Report = silent) -> Run:
+    """Do what ``request`` says; see :func:`quantize`."""
+    request = resolve(request, data)
+    teacher = freeze(model, data)
+    with _reproducible(request.threads):
+        results = _facts(teacher, data, request)
+        if request.out:
+            folders.check(request.out, results, request.overwrite)
+        run, clock = _learn(teacher.to(request.device), data, request, results, report)
+        if request.out:
+            folders.write_student(request.out, run.student, run.images, results)
+        if request.eval_file:
+            with clock.stage("evaluate"):
+                _measure(run, teacher, data, request)
+    results["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
+    if request.out:
+        folders.write_result(request.out, results)
+    return run
+
+
+def _learn(
+    teacher: nn.Module, data: DataSpec, request: Request, results: dict[str, Any], report: Report
+) -> tuple[Run, _Clock]:
+    """Prepare a student and let the method train it; adds to ``results``."""
+    clock = _Clock()
+    with clock.stage("prepare"):
+        student = _prepare(teacher, data, request)
+    metrics = None
+    if request.out:  # nothing was written before this line
+        request.out.mkdir(parents=True, exist_ok=True)
+        metrics = folders.growing_metrics(request.out)
+    rng = torch.Generator().manual_seed(request.seed)  # on the CPU: one seed for every device
+    run_method = METHODS[request.method].run
+    with clock.stage("method"), Recorder(report, metrics) as recorder:
+        student, images = run_method(
+            teacher, student, data, request.config, rng=rng, report=recorder
+        )
+    results["layers"] = [row._asdict() for row in describe(student)]
+    results["images"] = len(images.images)
+    results["warnings"] = recorder.warnings
+    results["seconds_in_method"] = {k: round(v, 3) for k, v in recorder.seconds.items()}
+    return Run(student, images, results), clock
+
+
+def _facts(teacher: nn.Module, data: DataSpec, request: Request) -> dict[str, Any]:
+    """What is known of a run before it starts."""
+    weights = request.source.weights
+    return {
+        **dict.fromkeys(MEASURED),
+        "model": request.source.model,
+        "weights": str(weights) if weights else None,
+        "weights_sha256": file_sha256(weights) if weights else None,
+        "teacher_sha256": state_sha256(teacher),
+        "data": dataclasses.asdict(data),
+        "bits": request.bits,
+        "protocol": request.protocol,
+        "edge_bits": request.edge_bits,
+        "scales": request.scales,
+        "method": request.method,
+        "effort": request.effort,
+        "config": dataclasses.asdict(request.config),
+        "seed": request.seed,
+        "versions": versions(torch.device(request.device)),
+        "commit": commit(),
+    }
+
+
+def _prepare(teacher: nn.Module, data: DataSpec, request: Request) -> nn.Module:
+    return prepare(
+        teacher,
+        request.bits,
+        protocol=request.protocol,
+        edge_bits=request.edge_bits,
+        scales=request.scales,
+        shape=data.shape,
+    )
+
+
+def _measure(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> None:
+    """Put the accuracies of float, nearest and student into the results of ``run``."""
+    assert request.eval_file
+    nearest = _prepare(teacher, data, request)
+    calibrate(nearest, run.images.images)
+    models = {"float": teacher, "nearest": nearest, "student": run.student}
+    found = {name: evaluate(m, request.eval_file, data) for name, m in models.items()}
+    evaluation: dict[str, Any] = {
+        "file": str(request.eval_file),
+        "images": found["float"].count,
+    }
+    for name, accuracy in found.items():
+        agreement = accuracy.agreement(found["float"])
+        evaluation[name] = accuracy.as_dict() | {"agreement": agreement}
+        run.results[f"{name}_top1"] = accuracy.top1
+    run.results["agreement"] = evaluation["student"]["agreement"]
+    run.results["evaluation"] = evaluation
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+@contextmanager
+def _reproducible(threads: int | None) -> Iterator[None]:
+    """Fix what decides the order of sums: the threads, and cuDNN's choice of algorithm."""
+    cudnn, threads_before = torch.backends.cudnn, torch.get_num_threads()
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    torch.set_num_threads(threads or threads_before)
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+        torch.set_num_threads(threads_before)
+
+
+def _path(path: str | Path | None) -> Path | None:
+    return Path(path) if path is not None else None

@@ -1,0 +1,320 @@
+"""The command line: flags, exit codes, one sentence for every mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dfq
+import dfq_kernels
+from dfq.cli import flags, main, parity
+from dfq.methods import METHODS
+from dfq_kernels import _backend
+from tests.tiny import FLAGS, MODEL, network, save_images
+from tests.tiny_method import TINY, TinyConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_method(monkeypatch):
+    monkeypatch.setitem(METHODS, "tiny", TINY)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(network().state_dict(), path)
+    return path
+
+
+def _quantize(*words, method="tiny"):
+    return main(["quantize", MODEL, *FLAGS, "--method", method, *map(str, words)])
+
+
+def _sentence(capsys):
+    """What is on stderr, which must be one sentence and no traceback."""
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    assert text.startswith("dfq: ")
+    assert text.count("\n") == 1
+    return text
+
+
+def test_a_run_prints_float_nearest_and_student(tmp_path, capsys, weights):
+    images = save_images(tmp_path / "e.npz")
+    out = tmp_path / "run"
+    assert _quantize("--weights", weights, "--bits", "w3a3", "--eval", images, "--out", out) == 0
+    printed = capsys.readouterr()
+    results = json.loads((out / "result.json").read_text())
+    for name in ("float", "nearest", "student"):
+        assert f"{results[f'{name}_top1']:.1f}" in printed.out
+    assert str(out) in printed.out.replace("\n", "")
+    assert "fit 12/12" in printed.err
+    assert results["model"] == MODEL
+    assert results["weights"] == str(weights)
+
+
+def test_the_command_of_the_readme_parses():
+    words = (
+        "cifar:resnet20 --weights resnet20-12fca82f.th --shape 3,32,32 --classes 10 "
+        "--mean .485,.456,.406 --std .229,.224,.225 --bits w4a4 --method dmkd "
+        "--eval cifar10_test1000.npz --out DIR --effort quick --edge-bits 8 --seed 3 --device cpu"
+    )
+    parsed, config = flags.parse_quantize(words.split())
+    assert flags.data_spec(parsed) == dfq.DataSpec(
+        (3, 32, 32), 10, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    )
+    assert (parsed.model, parsed.bits, parsed.method) == ("cifar:resnet20", "w4a4", "dmkd")
+    assert (parsed.edge_bits, parsed.seed, parsed.out) == (8, 3, Path("DIR"))
+    assert config == METHODS["dmkd"].efforts["quick"]
+
+
+@pytest.mark.parametrize("words", [["--effort", "quick"], ["--effort=quick"]])
+def test_effort_chooses_the_numbers_and_flags_change_them(words):
+    base = [MODEL, *FLAGS, "--method", "tiny", *words]
+    assert flags.parse_quantize(base)[1] == TinyConfig(steps=3)
+    changed = flags.parse_quantize([*base, "--lr", "0.5", "--widths", "4,2", "--explode"])[1]
+    assert changed == TinyConfig(steps=3, lr=0.5, widths=(4, 2), explode=True)
+
+
+@pytest.mark.parametrize("method", ["dmkd", "gdfq"])
+def test_every_field_of_a_methods_config_is_a_flag(method, capsys):
+    assert main(["quantize", "--method", method, "--help"]) == 0
+    text = capsys.readouterr().out
+    config = METHODS[method].efforts["default"]
+    for field in config.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+
+
+def test_flags_of_nested_configs_carry_their_name():
+    words = [MODEL, *FLAGS, "--generator.batch-size", "7", "--student.lr", "0.25"]
+    config = flags.parse_quantize(words)[1]
+    assert config.generator.batch_size == 7
+    assert config.student.lr == 0.25
+
+
+def test_evaluate_measures_a_run_and_its_float_model(tmp_path, capsys):
+    images = save_images(tmp_path / "e.npz")
+    out = tmp_path / "run"
+    assert _quantize("--eval", images, "--out", out) == 0
+    results = json.loads((out / "result.json").read_text())
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--eval", str(images)]) == 0
+    assert f"top-1 {results['student_top1']:.2f} % on 40 images" in capsys.readouterr().out
+    assert main(["evaluate", MODEL, *FLAGS, "--eval", str(images)]) == 0
+    assert f"top-1 {results['float_top1']:.2f} % on 40 images" in capsys.readouterr().out
+
+
+def _broken_weights(path, kind):
+    state = network().state_dict()
+    if kind == "nan":
+        state["0.weight"] = state["0.weight"] * float("nan")
+    elif kind == "keys":
+        state["9.weight"] = state.pop("8.weight")
+    if kind == "corrupt":
+        path.write_bytes(b"these are no weights")
+    elif kind != "missing":
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "there is no weight file"),
+        ("corrupt", "corrupt"),
+        ("keys", "1 key missing (8.weight) and 1 key unexpected (9.weight)"),
+        ("nan", "0.weight contains NaN"),
+    ],
+)
+def test_wrong_weights_are_one_sentence_and_exit_2(tmp_path, capsys, kind, words):
+    path = _broken_weights(tmp_path / "weights.pt", kind)
+    assert _quantize("--weights", path, "--out", tmp_path / "run") == 2
+    assert words in _sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"x": np.zeros((40, 9, 9, 1), np.uint8)}, "[40, 9, 9, 1]"),
+        ({"y": np.arange(40)}, "from 0 to 39"),
+    ],
+)
+def test_a_wrong_evaluation_file_is_one_sentence_and_exit_2(tmp_path, capsys, changes, words):
+    path = save_images(tmp_path / "e.npz", **changes)
+    assert _quantize("--eval", path, "--out", tmp_path / "run") == 2
+    assert words in _sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--bits", "w44"], "'w44'"),
+        (["--shape", "3,8,8", "--mean=", "--std="], "does not take images of shape 3,8,8"),
+        (["--shape", "3,8,8"], "mean has 1 values but shape has 3 channels"),
+        (["--shape", "8,8"], "channels,height,width"),
+        (["--shape", "a,b,c"], "'a,b,c'"),
+        (["--classes", "9"], "4 outputs but classes is 9"),
+        (["--classes", "1"], "classes must be at least 2"),
+        (["--mean", "x"], "numbers separated by commas"),
+        (["--std", "0"], "std must be positive"),
+        (["--effort", "heroic"], "no effort 'heroic'"),
+        (["--device", "abacus"], "no device 'abacus'"),
+        (["--edge-bits", "1"], "edge_bits"),
+        (["--seed", "-1"], "seed"),
+        (["--steps", "0"], "steps must be positive, got 0"),
+    ],
+)
+def test_wrong_flags_are_one_sentence_and_exit_2(tmp_path, capsys, words, sentence):
+    assert _quantize(*words, "--out", tmp_path / "run") == 2
+    assert sentence in _sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_batch_norm_is_one_sentence_and_exit_2(tmp_path, capsys):
+    model = MODEL.replace(":network", ":without_batch_norm")
+    words = ["quantize", model, *FLAGS, "--method", "tiny", "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "no BatchNorm" in _sentence(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_words_exit_2(tmp_path, capsys):
+    assert main(["quantise"]) == 2
+    assert "choose from quantize" in _sentence(capsys)
+    assert _quantize(method="magic") == 2
+    assert "no method 'magic'" in _sentence(capsys)
+    assert _quantize("--stepz", "3") == 2
+    assert "--steps" in capsys.readouterr().err  # tyro says what was meant
+
+
+def test_evaluate_of_nothing_is_one_sentence_and_exit_2(tmp_path, capsys):
+    images = save_images(tmp_path / "e.npz")
+    assert main(["evaluate", str(tmp_path), "--eval", str(images)]) == 2
+    assert "no finished run" in _sentence(capsys)
+    assert main(["evaluate", MODEL, "--eval", str(images)]) == 2
+    assert "--shape and --classes" in _sentence(capsys)
+    assert main(["evaluate", MODEL, *FLAGS, "--eval", str(tmp_path / "none.npz")]) == 2
+    assert "no evaluation file" in _sentence(capsys)
+
+
+def test_a_run_that_diverges_exits_1(tmp_path, capsys):
+    assert _quantize("--explode", "--out", tmp_path) == 1
+    assert "loss became nan at step 10" in _sentence(capsys)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_interrupt_is_one_line_and_exit_130(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(METHODS, "tiny", TINY._replace(run=interrupted))
+    assert _quantize() == 130
+    assert _sentence(capsys) == "dfq: interrupted.\n"
+
+
+def test_a_warning_is_one_line_on_stderr(monkeypatch, capsys):
+    def collapsing(teacher, student, data, config, *, rng, report):
+        report("fit", 10, 10, weight_entropy=0.01)
+        return TINY.run(teacher, student, data, config, rng=rng, report=report)
+
+    monkeypatch.setitem(METHODS, "tiny", TINY._replace(run=collapsing))
+    assert _quantize() == 0
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if "collapse" in line]
+    assert line.startswith("warning: the teacher weights collapse")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_every_command(words, capsys):
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    for command in ("quantize", "evaluate", "demo", "info"):
+        assert f"\n  {command} " in printed
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"dfq {dfq.__version__}\n"
+
+
+def test_info_names_every_kernel_backend(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch        {torch.__version__}" in printed
+    for backend in ("compiled", "reference", "triton"):
+        assert backend in printed
+
+
+def test_info_check_compares_every_backend_with_the_reference(capsys):
+    code = main(["info", "--check"])
+    checked = capsys.readouterr().out.partition("Check\n")[2]
+    assert code == 0
+    available = {s.backend for s in _backend.report() if s.available} - {"reference"}
+    assert all(f"{name:11}fake_quantize: agrees" in checked for name in available)
+    assert available or "nothing but the reference" in checked
+
+
+def test_info_check_exits_1_where_a_backend_differs(monkeypatch, capsys):
+    def off_by_a_hair(x, *args, **options):
+        y = dfq_kernels.fake_quantize(x, *args, **options)
+        return y if _backend._forced == "reference" else torch.nextafter(y, y + 1)
+
+    def reference(op, backend, device):
+        return original(op, "reference", device)
+
+    original, status = _backend.variant, _backend.Status("compiled", "cpu", True, "")
+    monkeypatch.setattr(_backend, "report", lambda: [status])
+    monkeypatch.setattr(_backend, "variant", reference)
+    monkeypatch.setattr(parity, "fake_quantize", off_by_a_hair)
+    monkeypatch.setattr(parity, "DTYPES", (torch.float32,))
+    assert main(["info", "--check"]) == 1
+    assert (
+        "fake_quantize: differs from the reference in y of torch.float32" in capsys.readouterr().out
+    )
+
+
+def _without(packages, code):
+    """Run ``code`` in a process in which ``packages`` cannot be imported."""
+    block = "".join(f"sys.modules[{name!r}] = None; " for name in packages)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; {block}\n{code}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_info_works_with_the_standard_library_alone():
+    missing = ["torch", "numpy", "rich", "tyro", "safetensors", "sklearn"]
+    done = _without(missing, "from dfq.cli import main; sys.exit(main(['info']))")
+    assert (done.returncode, done.stderr) == (0, "")
+    for package, remedy in (("torch", "pip install torch"), ("tyro", "pip install tyro")):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"  {package} ")]
+        assert "missing" in line
+        assert remedy in line
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (
+            ["torch"],
+            "dfq quantize needs torch, which is not installed; run: pip install 'dfq[torch]'",
+        ),
+        (["tyro", "rich"], "dfq quantize needs rich, tyro, which"),
+        (["torch", "tyro"], "pip install 'dfq[cli,torch]'"),
+    ],
+)
+def test_a_command_without_its_packages_says_how_to_get_them(missing, words):
+    done = _without(missing, "from dfq.cli import main; sys.exit(main(['quantize', 'm']))")
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
