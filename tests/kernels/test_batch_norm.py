@@ -198,6 +198,16 @@ def test_statistics_far_from_zero(backend, layout, guess):
         assert ((value - true) / true).abs().max() <= 2e-7
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_rounding_of_equal_values_does_not_add_up(backend, layout, dtype):
+    """Many 16-bit values are equal, and so would be what is lost in taking a mean from them."""
+    x = LAYOUTS[layout]((torch.randn(1031, 40) * 2 + 0.5).to(dtype))
+    exact_mean, _ = _statistics64(x)
+    mean, _ = batch_norm_statistics(x, torch.zeros(40))
+    assert ((mean - exact_mean) / exact_mean).abs().max() <= 2 * HALF_ULP
+
+
 def test_statistics_of_a_constant_are_exact(backend):
     x = torch.full((4, 3, 50, 50), 0.1)
     mean, var = batch_norm_statistics(x, torch.zeros(3))
