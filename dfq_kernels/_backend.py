@@ -7,7 +7,8 @@ The file system is the registry. Op ``fake_quantize_backward`` has
     reference   dfq_kernels/fake_quantize.py: fake_quantize_backward_reference
 
 An absent backend is skipped, a broken one raises. ``DFQ_BACKEND`` forces one; if that one is
-missing it is an error and never a silent fallback. The variable is read when an op first runs.
+missing it is an error and never a silent fallback. ``DFQ_ISA=v3`` or ``v1`` keeps the compiled CPU
+ops from AVX-512, or from everything that not every x86-64 has. Both are read when an op first runs.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+
 #include "lanes.h"
 
 namespace dfq {
@@ -45,10 +47,16 @@ void run_v3(Args... args) {
 }
 #undef DFQ_TARGET
 
+// 4, 3 or 1: the best that this processor has; DFQ_ISA=v3 or v1 asks for less.
 inline int instruction_set() {
-  static const int level = __builtin_cpu_supports("x86-64-v4")   ? 4
-                           : __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                 : 1;
+  static const int level = [] {
+    const char* asked = std::getenv("DFQ_ISA");
+    const int most = asked && asked[0] == 'v' ? asked[1] - '0' : 4;
+    const int best = __builtin_cpu_supports("x86-64-v4")   ? 4
+                     : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                           : 1;
+    return most < best ? most : best;
+  }();
   return level;
 }
 
