@@ -1,18 +1,17 @@
 """The whole way with a tiny method: what a run returns and writes, and when it writes nothing."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 import dfq
 from dfq.evaluate import evaluate
 from dfq.methods import METHODS
-from dfq.pipeline import Request, Source, execute, load_student, quantize
-from dfq.report import DivergedError
+from dfq.pipeline import Request, Source, execute, quantize
 from dfq.types import InputError
 from tests.tiny import DATA, MODEL, network, save_images, without_batch_norm
 from tests.tiny_method import TINY, TinyConfig
@@ -166,56 +165,6 @@ def test_a_callback_hears_every_step():
     assert heard == [("fit", step, 12) for step in range(1, 13)]
 
 
-def test_a_students_header_rebuilds_it(tmp_path):
-    path = save_images(tmp_path / "e.npz")
-    source = Source(MODEL)
-    for scales in ("learned", "minmax"):
-        request = Request(
-            bits="w2a3", method="tiny", out=tmp_path / scales, scales=scales, source=source
-        )
-        run = execute(network(), DATA, request)
-        student, data = load_student(tmp_path / scales)
-        assert data == DATA
-        assert _same(student, run.student)
-        before, after = evaluate(run.student, path, DATA), evaluate(student, path, DATA)
-        assert torch.equal(before.answers, after.answers)
-
-
-def test_a_run_of_a_model_object_says_why_it_cannot_be_rebuilt(tmp_path):
-    _quantize(out=tmp_path)
-    with pytest.raises(InputError, match="made from a model object"):
-        load_student(tmp_path)
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no finished run"):
-        load_student(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["cut", "foreign"])
-def test_a_damaged_student_is_refused(tmp_path, damage):
-    _quantize(out=tmp_path)
-    path = tmp_path / "model.safetensors"
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-10])
-    else:
-        with safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        __import__("safetensors.torch").torch.save_file(state, path)
-    with pytest.raises(InputError, match="corrupt" if damage == "cut" else "not written by dfq"):
-        load_student(tmp_path)
-
-
-def test_save_writes_a_run_later(tmp_path):
-    run = _quantize()
-    run.save(tmp_path / "run")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "result.json",
-        "images.npz",
-        "model.safetensors",
-    }
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -248,56 +197,6 @@ def test_a_wrong_model_is_refused_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_same_run_may_be_repeated_and_another_may_not(tmp_path):
-    _quantize(out=tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    _quantize(out=tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    with pytest.raises(InputError, match=r"finished run with another bits, seed; .*--overwrite"):
-        _quantize(out=tmp_path, seed=1, bits="w4a4")
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    _quantize(out=tmp_path, seed=1, overwrite=True)
-    assert json.loads((tmp_path / "result.json").read_text())["seed"] == 1
-
-
-def test_an_out_that_cannot_be_a_folder_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match="is a file"):
-            _quantize(out=out)
-
-
-@pytest.mark.parametrize("finished_before", [False, True])
-def test_a_run_that_diverges_leaves_no_result_of_its_own(tmp_path, finished_before):
-    if finished_before:
-        _quantize(out=tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(DivergedError, match="loss became nan at step 10 of 12 of fit"):
-        _quantize(out=tmp_path, config=TinyConfig(explode=True), overwrite=True)
-    after = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix != ".part"}
-    assert after == before
-
-
-@pytest.mark.parametrize("finished_before", [False, True])
-def test_a_student_whose_evaluation_fails_is_kept_without_a_result(
-    tmp_path, monkeypatch, finished_before
-):
-    path = save_images(tmp_path / "e.npz")
-    if finished_before:
-        _quantize(out=tmp_path / "run")
-
-    def learn(*args, **options):
-        path.unlink()
-        return TINY.run(*args, **options)
-
-    monkeypatch.setitem(METHODS, "tiny", TINY._replace(run=learn))
-    with pytest.raises(InputError, match="no evaluation file"):
-        _quantize(out=tmp_path / "run", eval_file=path, seed=1, overwrite=True)
-    names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert {"images.npz", "model.safetensors"} <= names
-    assert "result.json" not in names
-
-
 def test_weights_are_hashed_as_sha256sum_does(tmp_path):
     weights = tmp_path / "weights.pt"
     weights.write_bytes(b"abc")
@@ -305,3 +204,23 @@ def test_weights_are_hashed_as_sha256sum_does(tmp_path):
     results = execute(network(), DATA, request).results
     assert results["weights_sha256"].startswith("ba7816bf8f01cfea")  # FIPS 180-2, "abc"
     assert results["model"] == MODEL
+
+
+@pytest.mark.parametrize("method", ["dmkd", "gdfq"])
+def test_real_methods_give_the_same_bits_for_the_same_seed(tmp_path, method):
+    path = save_images(tmp_path / "e.npz")
+    config = METHODS[method].efforts["quick"]
+    config = replace(
+        config,
+        generator=replace(config.generator, batch_size=8, steps_per_batch=2, first_steps=2),
+        student=replace(config.student, batch_size=4, steps_per_batch=3, shift=1),
+        batches=3,
+        warmup_batches=2,
+    )
+    runs = []
+    for seed, options in ((0, {}), (0, {"eval_file": path}), (1, {})):
+        torch.manual_seed(len(runs))  # must not matter
+        runs.append(_quantize(method=method, config=config, seed=seed, **options))
+    assert _same(runs[0].student, runs[1].student)
+    assert torch.equal(runs[0].images.images, runs[1].images.images)
+    assert not _same(runs[0].student, runs[2].student)
