@@ -45,6 +45,15 @@ class DataSpec:
         if any(value <= 0 for value in self.std):
             raise InputError(f"std must be positive, got {self.std}.")
 
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Smallest and largest value that a normalized image, 0..1 before, can hold."""
+        channels = self.shape[0]
+        pairs = list(
+            zip(self.mean or (0.0,) * channels, self.std or (1.0,) * channels, strict=True)
+        )
+        return min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
+
 
 @dataclass(frozen=True)
 class QuantSpec:

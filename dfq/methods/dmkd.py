@@ -100,7 +100,7 @@ def dmkd(
 ) -> tuple[nn.Module, Images]:
     """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
     pool = ImagePool(config.pool_batches * config.generator.batch_size)
-    teachers = [teacher, *(_quantized_teacher(teacher, bits) for bits in config.teacher_bits)]
+    teachers = [teacher, *(_quantized_teacher(teacher, bits, data) for bits in config.teacher_bits)]
     weight_net = _seeded_weight_net(len(teachers), data, config, rng)
     weight_net.to(next(teacher.parameters()).device)
     optimizer = student_optimizer(*split_parameters(student), config.student)
@@ -137,8 +137,8 @@ def dmkd(
     return student, pool.all()
 
 
-def _quantized_teacher(teacher: nn.Module, bits: int) -> nn.Module:
-    return prepare(teacher, f"w{bits}a{bits}").requires_grad_(False)
+def _quantized_teacher(teacher: nn.Module, bits: int, data: DataSpec) -> nn.Module:
+    return prepare(teacher, f"w{bits}a{bits}", data=data).requires_grad_(False)
 
 
 def _seeded_weight_net(

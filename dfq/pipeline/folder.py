@@ -136,7 +136,7 @@ def load_student(folder: Path) -> tuple[nn.Module, DataSpec]:
         protocol=found["protocol"],
         edge_bits=found["edge_bits"],
         scales=found["scales"],
-        shape=data.shape,
+        data=data,
     )
     try:
         student.load_state_dict(state)

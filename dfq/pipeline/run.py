@@ -190,7 +190,7 @@ def _prepare(teacher: nn.Module, data: DataSpec, request: Request) -> nn.Module:
         protocol=request.protocol,
         edge_bits=request.edge_bits,
         scales=request.scales,
-        shape=data.shape,
+        data=data,
     )
 
 

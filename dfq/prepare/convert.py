@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from dfq.prepare.frozen import evaluating, freeze_batch_norm
+from dfq.prepare.grid import range_to_scale
 from dfq.prepare.layers import QConv2d, QLinear, QReLU
 from dfq.prepare.quantizer import Quantizer
 from dfq.prepare.refusal import check_layer, check_model, is_heavy
-from dfq.types import InputError, QuantSpec
+from dfq.types import DataSpec, InputError, QuantSpec
 
 Bits = tuple[int, int]  # of weights, of activations
 Overrides = Mapping[str, str | int | None]
@@ -43,7 +44,7 @@ def prepare(
     edge_bits: int | None = None,
     scales: str = "learned",
     overrides: Overrides | None = None,
-    shape: tuple[int, ...] | None = None,
+    data: DataSpec | None = None,
 ) -> nn.Module:
     """A trainable deep copy of ``model`` whose layers are quantized; ``calibrate`` it next.
 
@@ -71,8 +72,9 @@ def prepare(
         scales: ``"learned"`` (LSQ) or ``"minmax"``.
         overrides: glob over module names -> bits (``"w8a8"``, or 8 for both), or None to leave it
             float. A module's override holds for all below it; of several the last one wins.
-        shape: of one image, to find the first and last layer by running zeros through the copy;
-            None takes the order in which the modules were defined.
+        data: its shape finds the first and last layer, by running zeros through the copy, and its
+            range becomes the grid of the first layer's input, so that real images are not clipped
+            to what generated ones hold; None takes the order in which modules were defined.
 
     Raises:
         InputError: if a layer cannot be quantized, naming it and the remedy; or on bad options.
@@ -91,13 +93,15 @@ def prepare(
     plan = dict.fromkeys(layers, target)
     edge = edge_bits or (BRECQ_EDGE_BITS if protocol == "brecq" else None)
     if edge:
-        order = _execution_order(student, layers, shape) if shape else layers
+        order = _execution_order(student, layers, data.shape) if data else layers
         plan[order[0]] = plan[order[-1]] = (edge, edge)
     plan |= {name: bits for name, bits in chosen.items() if name in plan and bits}
     replacements = {
         student.get_submodule(name): _quantized(student.get_submodule(name), pair, protocol, scales)
         for name, pair in plan.items()
     }
+    if edge and data and order.count(order[0]) == 1:
+        _fix_input_range(replacements[student.get_submodule(order[0])], data)
     if protocol == "gdfq":
         replacements |= _quantized_relus(student, chosen, target, scales)
     return _replace(student, replacements).requires_grad_(True)
@@ -227,6 +231,17 @@ def _quantized_relus(
         for name, relu in relus.items()
         if (bits := chosen.get(name, target))
     }
+
+
+def _fix_input_range(layer: nn.Module, data: DataSpec) -> None:
+    """Put the layer's input, the image, on the grid that holds every possible image."""
+    assert isinstance(layer, QConv2d | QLinear)
+    if layer.input_quantizer is None:
+        return
+    spec, device = layer.input_quantizer.spec, layer.weight.device
+    low, high = (torch.tensor([value], device=device) for value in data.value_range)
+    layer.input_quantizer = Quantizer(spec, mode="fixed", device=device)
+    layer.input_quantizer.set_qparams(*range_to_scale(low, high, spec))
 
 
 def _activation_spec(bits: int) -> QuantSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,18 @@ from dfq.types import InputError, QuantSpec
 
 _LOG_SMALLEST = math.log(SMALLEST_SCALE)
 
-Mode = Literal["learned", "ema", "dynamic"]
+Mode = Literal["learned", "ema", "dynamic", "fixed"]
 
 
 class Quantizer(nn.Module):
-    """Fake-quantize a tensor to the grid of ``spec``; the scale comes by one of three modes.
+    """Fake-quantize a tensor to the grid of ``spec``; the scale comes by one of four modes.
 
     - ``learned``: ``scale`` is trained with the gradient of LSQ (arXiv:1902.08153), times ``1 /
       sqrt(N * quant_max)`` for N elements a scale. Outside the grid x gets no gradient.
     - ``ema``: from a moving average of minima and maxima, taken in while ``observing``.
+    - ``fixed``: set once by ``set_qparams``, for a range that is known (an image's).
     - ``dynamic``: from the minimum and maximum of the tensor itself, on every forward (GDFQ's
-      weights). In both min-max modes the gradient passes straight to x, everywhere.
+      weights). In all but the first the gradient passes straight to x, everywhere.
 
     What is stored is the logarithm of the scale (TQT, arXiv:1903.08066): it stays positive whatever
     the optimizer does, and a step of Adam changes small and large scales by the same ratio. The
@@ -55,8 +56,8 @@ class Quantizer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if mode not in ("learned", "ema", "dynamic"):
-            raise InputError(f"mode must be learned, ema or dynamic, got {mode!r}.")
+        if mode not in get_args(Mode):
+            raise InputError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
         if spec.axis is None and channels != 1:
             raise InputError(f"a grid without axis has one scale, got channels={channels}.")
         self.spec, self.mode = spec, mode
@@ -69,6 +70,7 @@ class Quantizer(nn.Module):
             self.log_scale = nn.Parameter(unknown)
         else:
             self.register_buffer("log_scale", unknown)
+        if mode == "ema":
             self.range = EmaMinMax(channels).to(device)
         self.register_buffer("zero_point", torch.zeros(channels, device=device))
 

@@ -34,8 +34,9 @@ class ConditionalGenerator(nn.Module):
 
     A linear layer makes a quarter-size map; two nearest-neighbor upsamplings with a convolution
     each bring it to full size; tanh and a BatchNorm without affine part end in the space of
-    normalized images. Small images learn their class from an embedding that multiplies the latent
-    (GDFQ's CIFAR form), images over 64 pixels from class-conditional BatchNorm (its ImageNet form).
+    normalized images (mean 1/2 and deviation 1/4 of images in 0..1, if ``data`` normalizes not).
+    Small images learn their class from an embedding that multiplies the latent (GDFQ's CIFAR
+    form), images over 64 pixels from class-conditional BatchNorm (its ImageNet form).
 
     Args:
         data: shape and number of classes.
@@ -55,7 +56,7 @@ class ConditionalGenerator(nn.Module):
     ):
         super().__init__()
         channels, height, final_width = data.shape
-        self.latent_dim, self.classes = latent_dim, data.classes
+        self.normalized = bool(data.mean or data.std)
         start = (math.ceil(height / 4), math.ceil(final_width / 4))
         half = (math.ceil(height / 2), math.ceil(final_width / 2))
         if conditioning is None:
@@ -85,7 +86,8 @@ class ConditionalGenerator(nn.Module):
         x = self._normalize(0, self.unflatten(self.project(latents)), labels)
         for layer, (upsample, conv) in enumerate(zip(self.upsample, self.convs, strict=True), 1):
             x = nn.functional.leaky_relu(self._normalize(layer, conv(upsample(x)), labels), 0.2)
-        return self.image_norm(torch.tanh(self.to_image(x)))
+        images = self.image_norm(torch.tanh(self.to_image(x)))
+        return images if self.normalized else 0.5 + 0.25 * images
 
     def _normalize(self, index: int, x: Tensor, labels: Tensor) -> Tensor:
         norm = self.norms[index]

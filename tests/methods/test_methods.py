@@ -10,7 +10,7 @@ from dfq.prepare import prepare
 from dfq.synthesize.generate import GeneratorConfig
 from dfq.types import DataSpec, InputError
 
-DATA = DataSpec(shape=(3, 8, 8), classes=4)
+DATA = DataSpec(shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 TINY = {
     "generator": GeneratorConfig(batch_size=16, steps_per_batch=3, first_steps=2, latent_dim=8),
     "student": StudentConfig(steps_per_batch=4, batch_size=8, lr=1e-3),
@@ -32,7 +32,7 @@ def _teacher():
 def _train(name, seed=0, report=None, **changes):
     method = METHODS[name]
     teacher = _teacher()
-    student = prepare(teacher, "w3a3")
+    student = prepare(teacher, "w3a3", data=DATA)
     config = replace(method.efforts["default"], **{**TINY, **changes})
     lines = []
     record = report or (lambda stage, step, steps, **v: lines.append((stage, step, steps, v)))
@@ -92,7 +92,7 @@ def test_every_effort_runs(name, effort):
     }
     student, _ = METHODS[name].run(
         _teacher(),
-        prepare(_teacher(), "w4a4"),
+        prepare(_teacher(), "w4a4", data=DATA),
         DATA,
         replace(config, **short),
         rng=torch.Generator().manual_seed(0),

@@ -16,7 +16,7 @@ from dfq.prepare import (
     prepare,
     split_parameters,
 )
-from dfq.types import InputError, QuantSpec
+from dfq.types import DataSpec, InputError, QuantSpec
 
 
 def _bits(student):
@@ -157,7 +157,7 @@ def test_edges_are_those_that_stay_quantized(net):
         ({"overrides": {"nothing": 8}}, "'nothing' matches no module"),
         ({"overrides": {"stem": "w1a1"}}, "w1a1"),
         ({"overrides": {"stem": 16}}, "w16a16"),
-        ({"shape": (1, 8, 8)}, r"\(1, 8, 8\)"),
+        ({"data": DataSpec(shape=(1, 8, 8), classes=2)}, r"\(1, 8, 8\)"),
         ({"overrides": {"*": None}}, "no nn.Conv2d"),
     ],
 )
@@ -178,11 +178,29 @@ class Unordered(nn.Module):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
 
 
-def test_a_shape_finds_the_edges_by_running():
+def test_data_finds_the_edges_by_running():
     defined = _bits(prepare(Unordered(), "w4a4"))
-    run = _bits(prepare(Unordered(), "w4a4", shape=(3, 6, 6)))
+    run = _bits(prepare(Unordered(), "w4a4", data=DataSpec(shape=(3, 6, 6), classes=2)))
     assert defined == {"unused": (8, 8), "head": (4, 4), "stem": (4, 4), "body": (8, 8)}
     assert run == {"unused": (4, 4), "head": (8, 8), "stem": (8, 8), "body": (4, 4)}
+
+
+def test_data_gives_the_input_the_range_of_every_possible_image(images):
+    data = DataSpec(shape=(3, 6, 6), classes=2, mean=(0.5, 0.25, 0.5), std=(0.5, 0.25, 0.5))
+    student = prepare(Unordered(), "w4a4", data=data)
+    quantizer = student.stem.input_quantizer
+    calibrate(student, images / 100)  # generated images that hold little of the range
+    levels = quantizer.levels[0]
+    step = (3.0 - -1.0) / 255
+    torch.testing.assert_close(levels[[0, -1]], torch.tensor([-1.0, 3.0]), atol=step, rtol=0)
+    assert not list(quantizer.parameters())  # and no training moves it
+
+
+def test_the_input_range_is_left_to_calibration_where_the_layer_comes_again():
+    conv = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(conv, conv, nn.Flatten(), nn.Linear(108, 2))
+    student = prepare(model, "w4a4", data=DataSpec(shape=(3, 6, 6), classes=2))
+    assert student[0].input_quantizer.mode == "learned"
 
 
 def test_a_module_in_two_places_stays_one_module(images):

@@ -12,7 +12,7 @@ from dfq.synthesize.generate import (
 )
 from dfq.types import DataSpec, InputError
 
-DATA = DataSpec(shape=(3, 8, 8), classes=4)
+DATA = DataSpec(shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 TINY = GeneratorConfig(batch_size=16, steps_per_batch=12, first_steps=5, latent_dim=8)
 
 

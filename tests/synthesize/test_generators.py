@@ -8,11 +8,18 @@ from dfq.types import DataSpec
 @pytest.mark.parametrize("conditioning", ["embedding", "batchnorm"])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 9, 14), (4, 8, 8)], ids=str)
 def test_any_image_shape(shape, conditioning):
-    data = DataSpec(shape=shape, classes=5)
+    data = DataSpec(shape=shape, classes=5, mean=(0.5,) * shape[0])
     generator = ConditionalGenerator(data, 12, width=8, conditioning=conditioning)
     images = generator(torch.randn(6, 12), torch.arange(6) % 5)
     assert images.shape == (6, *shape)
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(shape[0]), atol=1e-4, rtol=0)
+
+
+def test_images_of_a_model_without_normalization_lie_in_its_range():
+    data = DataSpec(shape=(3, 16, 16), classes=2)
+    images = ConditionalGenerator(data, 8, width=8)(torch.randn(9, 8), torch.arange(9) % 2)
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.full((3,), 0.5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), torch.full((3,), 0.25), atol=1e-3, rtol=0)
 
 
 def test_form_follows_image_size():
