@@ -1,4 +1,4 @@
-"""fake_quantize against ATen, the eager composite, and what QDrop takes without a fused op.
+"""fake_quantize against ATen, the eager composite, torch.compile, and QDrop in separate ops.
 
 1.6 million elements, the size of an activation of ResNet-18, unless a case says otherwise.
 """
@@ -82,6 +82,9 @@ def test_forward(benchmark):
         "eager composite": (lambda: composite_forward(x, scale, zero_point, *BOUNDS), 4),
         "clone": (x.clone, None),
     }
+    if not TINY:  # compiling takes longer than all the rest
+        compiled = torch.compile(composite_forward, dynamic=False)
+        baselines["torch.compile"] = (lambda: compiled(x, scale, zero_point, *BOUNDS), None)
     run = partial(fake_quantize, x, scale, zero_point, *BOUNDS)
     compare(benchmark, run, baselines, elements=x.numel())
 
@@ -149,6 +152,24 @@ def test_backward_per_channel(benchmark, layout):
     backward = _backend.implementation("fake_quantize_backward", "cpu")
     run = partial(backward, *args, *BOUNDS, axis, 0.0, None, *NEEDS)
     compare(benchmark, run, baselines, elements=x.numel())
+
+
+def test_forward_and_backward(benchmark):
+    """Through autograd, with everything that Python adds."""
+    x, scale, zero_point = tensor_case()
+    grad = torch.randn_like(x)
+    check_backward((grad, x, scale, zero_point, *BOUNDS, *PLAIN, *NEEDS))
+    inputs = [x.requires_grad_(), scale.requires_grad_()]
+
+    def both(function):
+        y = function(x, scale, zero_point, *BOUNDS)
+        return torch.autograd.grad(y, inputs, grad)
+
+    baselines = {"eager composite": (partial(both, composite), 4)}
+    if not TINY:
+        compiled = torch.compile(composite, dynamic=False)
+        baselines["torch.compile"] = (partial(both, compiled), None)
+    compare(benchmark, partial(both, fake_quantize), baselines, elements=x.numel())
 
 
 def test_drop_forward_and_backward(benchmark):
