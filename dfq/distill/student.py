@@ -23,7 +23,7 @@ class StudentConfig:
         milestones: fractions of the way at which rates fall tenfold, instead of a cosine.
     """
 
-    steps_per_batch: int = 1000
+    steps_per_batch: int = 1500
     batch_size: int = 64
     lr: float = 5e-4
     scale_lr: float = 5e-3

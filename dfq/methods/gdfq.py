@@ -59,7 +59,7 @@ class GDFQConfig:
 
 _QUICK = GDFQConfig(
     generator=GeneratorConfig(steps_per_batch=40),
-    student=StudentConfig(steps_per_batch=300),
+    student=StudentConfig(steps_per_batch=400),
     batches=4,
     warmup_batches=4,
     pool_batches=4,
