@@ -52,7 +52,9 @@ class DataSpec:
         pairs = list(
             zip(self.mean or (0.0,) * channels, self.std or (1.0,) * channels, strict=True)
         )
-        return min(-mean / std for mean, std in pairs), max((1 - mean) / std for mean, std in pairs)
+        return min((0 - mean) / std for mean, std in pairs), max(
+            (1 - mean) / std for mean, std in pairs
+        )
 
 
 @dataclass(frozen=True)
