@@ -65,7 +65,7 @@ def fake_quantize(
             f"{quant_max}."
         )
     if drop:
-        _check_drop(drop, seed)
+        _check_drop(x, drop, seed)
     else:
         seed = None
     args = (x, scale, zero_point, quant_min, quant_max, axis, drop, seed)
@@ -209,12 +209,16 @@ def _check_grid(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) 
             )
 
 
-def _check_drop(drop: float, seed: Tensor | None) -> None:
+def _check_drop(x: Tensor, drop: float, seed: Tensor | None) -> None:
     if not 0 <= drop <= 1:
         raise ValueError(f"drop must be a probability from 0 to 1, got {drop}.")
-    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
-        found = "none" if seed is None else f"{seed.dtype} of shape {list(seed.shape)}"
-        raise ValueError(f"drop needs seed, an int64 tensor of one element, got {found}.")
+    if seed is None:
+        raise ValueError("drop needs seed, an int64 tensor of one element, got none.")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(
+            f"seed must be an int64 tensor of one element on {x.device}, got {seed.dtype} of shape "
+            f"{list(seed.shape)} on {seed.device}; write e.g. torch.tensor([0], device=x.device)."
+        )
 
 
 def _run_forward(x: Tensor, *args: Any) -> Tensor:

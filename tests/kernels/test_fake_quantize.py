@@ -456,6 +456,7 @@ MISTAKES = {
     "drop": ((X, ONE, ZERO, -8, 7), {"drop": 1.5, "seed": SEED}, "from 0 to 1, got 1.5"),
     "no seed": ((X, ONE, ZERO, -8, 7), {"drop": 0.5}, "got none"),
     "seed": ((X, ONE, ZERO, -8, 7), {"drop": 0.5, "seed": ONE}, "got torch.float32"),
+    "seed elsewhere": ((X, ONE, ZERO, -8, 7), {"drop": 0.5, "seed": SEED.to("meta")}, "on meta"),
 }
 
 
@@ -464,3 +465,16 @@ def test_mistakes_are_named(mistake):
     args, options, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         fake_quantize(*args, **options)
+
+
+def test_the_compiled_op_refuses_what_it_would_misread(forward, backward):
+    """Whoever calls torch.ops.dfq directly passes no check in Python."""
+    rest = (-8, 7, 0, 0.0, None)
+    with pytest.raises(RuntimeError, match="Float"):
+        forward(X, torch.ones(4).double(), torch.zeros(4), *rest)
+    with pytest.raises(RuntimeError, match="expected 4 scales and zero points, got 1 and 4"):
+        forward(X, ONE, torch.zeros(4), *rest)
+    with pytest.raises(RuntimeError, match="gradient's dtype and shape"):
+        backward(X.half(), X, torch.ones(4), torch.zeros(4), *rest, *EVERYTHING)
+    with pytest.raises(RuntimeError, match="expected float32, float16 or bfloat16"):
+        forward(X.double(), torch.ones(4), torch.zeros(4), *rest)
