@@ -44,7 +44,6 @@ class Library:
     name: str
     filename: str
     sources: tuple[str, ...]
-    headers: tuple[str, ...]
     compile_flags: tuple[str, ...]
     link_flags: tuple[str, ...] = ()
 
@@ -134,7 +133,6 @@ def _cpu_library(root: Path) -> Library | str:
         name="_C_cpu",
         filename="_C_cpu.so",
         sources=sources,
-        headers=_files(root, "csrc/core/*.h") + _files(root, "csrc/cpu/*.h"),
         compile_flags=(
             "-DTORCH_TARGET_VERSION=0x020a000000000000",
             "-Icsrc",
@@ -156,7 +154,6 @@ def _arithmetic_module(root: Path) -> Library | str:
         name="_arithmetic",
         filename=f"_arithmetic{sysconfig.get_config_var('EXT_SUFFIX')}",
         sources=sources,
-        headers=_files(root, "csrc/core/*.h"),
         compile_flags=(
             "-Icsrc",
             f"-isystem{includes}",
@@ -185,17 +182,20 @@ def _link_command(library: Library, output: Path, build_dir: Path) -> list[str]:
 
 
 def _ninja_script(library: Library, output: Path, build_dir: Path, root: Path) -> str:
-    headers = " ".join(_ninja_path(root / header) for header in library.headers)
     lines = ["ninja_required_version = 1.3", f"builddir = {_ninja_path(build_dir)}"]
-    lines += ["rule run", "  command = $command", "  description = $out"]
+    lines += ["rule link", "  command = $command", "  description = $out"]
+    lines += ["rule compile", "  command = $command", "  description = $out"]
+    lines += ["  depfile = $depfile", "  deps = gcc"]  # the headers that each source includes
     for source in library.sources:
         target = _object(build_dir, source)
-        command = shlex.join(_compile_command(library, root / source, target))
-        lines += [f"build {_ninja_path(target)}: run {_ninja_path(root / source)} | {headers}"]
-        lines += [f"  command = {command.replace('$', '$$')}"]
+        depfile = f"{target}.d"
+        command = [*_compile_command(library, root / source, target), "-MMD", "-MF", depfile]
+        lines += [f"build {_ninja_path(target)}: compile {_ninja_path(root / source)}"]
+        lines += [f"  command = {shlex.join(command)}".replace("$", "$$")]
+        lines += [f"  depfile = {depfile}".replace("$", "$$")]
     objects = " ".join(_ninja_path(_object(build_dir, source)) for source in library.sources)
     link = shlex.join(_link_command(library, output, build_dir)).replace("$", "$$")
-    lines += [f"build {_ninja_path(output)}: run {objects}", f"  command = {link}"]
+    lines += [f"build {_ninja_path(output)}: link {objects}", f"  command = {link}"]
     return "\n".join(lines) + "\n"
 
 

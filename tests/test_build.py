@@ -81,7 +81,7 @@ def test_with_an_old_torch(monkeypatch, compiler):
 def _tiny_library(root, code):
     (root / "csrc" / "cpu").mkdir(parents=True)
     (root / "csrc" / "cpu" / "tiny.cpp").write_text(code)
-    return build.Library("tiny", "tiny.so", ("csrc/cpu/tiny.cpp",), (), ("-Icsrc",))
+    return build.Library("tiny", "tiny.so", ("csrc/cpu/tiny.cpp",), ("-Icsrc",))
 
 
 EXPORTED = 'extern "C" __attribute__((visibility("default"))) int answer() { return %d; }\n'
@@ -106,6 +106,21 @@ def test_compiles_and_replaces(ninja, tmp_path, monkeypatch):
     assert ctypes.CDLL(str(tmp_path / "first.so")).answer() == 41
     assert ctypes.CDLL(str(output)).answer() == 42
     assert [path.name for path in output.parent.iterdir()] == ["tiny.so"]
+
+
+@pytest.mark.skipif(not build._compiler(), reason="no C++ compiler")
+def test_a_changed_header_is_compiled_again(tmp_path):
+    library = _tiny_library(
+        tmp_path, '#include "core/answer.h"\n' + EXPORTED.replace("%d", "ANSWER")
+    )
+    header = tmp_path / "csrc" / "core" / "answer.h"
+    header.parent.mkdir()
+    for answer in (41, 42):
+        header.write_text(f"#define ANSWER {answer}\n")
+        os.utime(header, (2e9 + answer, 2e9 + answer))
+        output = tmp_path / f"{answer}.so"
+        build.compile_library(library, output, tmp_path / "build", tmp_path)
+        assert ctypes.CDLL(str(output)).answer() == answer
 
 
 @pytest.mark.skipif(not build._compiler(), reason="no C++ compiler")
