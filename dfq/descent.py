@@ -1,7 +1,10 @@
 """The few lines that every training loop repeats."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,3 +29,11 @@ def anneal(optimizer: Optimizer, fraction: float, milestones: tuple[float, ...] 
         factor = 0.1 ** sum(fraction >= milestone for milestone in milestones)
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
+
+
+@contextmanager
+def seeded_layers(rng: torch.Generator) -> Iterator[None]:
+    """Within, new layers start from ``rng``; the global generator, their usual source, is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+        yield

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dfq.descent import anneal, descend
+from dfq.descent import anneal, descend, seeded_layers
 from dfq.distill.losses import multi_teacher_divergence
 from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
 from dfq.distill.weighting import (
@@ -101,7 +101,10 @@ def dmkd(
     """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
     pool = ImagePool(config.pool_batches * config.generator.batch_size)
     teachers = [teacher, *(_quantized_teacher(teacher, bits, data) for bits in config.teacher_bits)]
-    weight_net = _seeded_weight_net(len(teachers), data, config, rng)
+    with seeded_layers(rng):
+        weight_net = TeacherWeightNet(
+            config.weight_input, len(teachers), data.shape[0], data.classes
+        )
     weight_net.to(next(teacher.parameters()).device)
     optimizer = student_optimizer(*split_parameters(student), config.student)
     weight_optimizer = torch.optim.Adam(weight_net.parameters(), lr=config.weight_lr)
@@ -139,14 +142,6 @@ def dmkd(
 
 def _quantized_teacher(teacher: nn.Module, bits: int, data: DataSpec) -> nn.Module:
     return prepare(teacher, f"w{bits}a{bits}", data=data).requires_grad_(False)
-
-
-def _seeded_weight_net(
-    teachers: int, data: DataSpec, config: DMKDConfig, rng: torch.Generator
-) -> TeacherWeightNet:
-    with torch.random.fork_rng(devices=[]):  # layers initialize from the global generator
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-        return TeacherWeightNet(config.weight_input, teachers, data.shape[0], data.classes)
 
 
 def _measures(divergence: Tensor, weights: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfq.descent import anneal, descend
+from dfq.descent import anneal, descend, seeded_layers
 from dfq.synthesize.bn_stats import capture_bn_statistics
 from dfq.synthesize.generators import ConditionalGenerator
 from dfq.synthesize.losses import bn_mismatch
@@ -96,7 +96,8 @@ def generated_batches(
     ``rng`` is a CPU generator, so that a seed means the same on every device.
     """
     device = next(teacher.parameters()).device
-    generator = _seeded_generator(data, config, rng).to(device)
+    with seeded_layers(rng):
+        generator = ConditionalGenerator(data, config.latent_dim, bn_eps=config.bn_eps).to(device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.999))
     total, done = config.first_steps + batches * config.steps_per_batch, 0
     for batch in range(batches):
@@ -120,14 +121,6 @@ def generated_batches(
                 hits = (logits.detach().argmax(1) == labels).float().mean()
                 report("synthesize", done, total, bn_loss=bn_loss.detach(), teacher_accuracy=hits)
         yield Images(images.detach(), labels)
-
-
-def _seeded_generator(
-    data: DataSpec, config: GeneratorConfig, rng: torch.Generator
-) -> ConditionalGenerator:
-    with torch.random.fork_rng(devices=[]):  # layers initialize from the global generator
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-        return ConditionalGenerator(data, config.latent_dim, bn_eps=config.bn_eps)
 
 
 def _render(
