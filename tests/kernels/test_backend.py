@@ -20,6 +20,7 @@ ARGS = (torch.ones(1), torch.zeros(1), -8, 7)
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
     monkeypatch.delenv("DFQ_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it makes triton run CPU tensors
     _clear()
     yield
     monkeypatch.undo()
@@ -99,20 +100,26 @@ def test_use_is_undone():
     assert _backend.implementation("fake_quantize", "cpu") == before
 
 
+def _forget_triton_kernels():
+    names = [name for name in sys.modules if name.startswith("dfq_kernels._triton")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
 @pytest.fixture
 def triton_kernels(monkeypatch, tmp_path):
-    """A dfq_kernels._triton package with one op, on a machine that has triton."""
+    """Instead of dfq_kernels._triton a package with one op, on a machine that has triton."""
     package = tmp_path / "_triton"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "fake_quantize.py").write_text("def fake_quantize_backward(): return 'triton'\n")
-    monkeypatch.setattr(dfq_kernels, "__path__", [*dfq_kernels.__path__, str(tmp_path)])
+    real = _forget_triton_kernels()
+    monkeypatch.setattr(dfq_kernels, "__path__", [str(tmp_path), *dfq_kernels.__path__])
+    monkeypatch.setattr(dfq_kernels, "_triton", None, raising=False)
     exists = _backend._exists
     monkeypatch.setattr(_backend, "_exists", lambda name: name == "triton" or exists(name))
     yield package
-    for name in [name for name in sys.modules if name.startswith("dfq_kernels._triton")]:
-        del sys.modules[name]
-    vars(dfq_kernels).pop("_triton", None)
+    _forget_triton_kernels()
+    sys.modules.update(real)
 
 
 def test_cuda_prefers_triton_while_compiled_is_unproven(triton_kernels, monkeypatch):
