@@ -1,6 +1,7 @@
 """batch_norm against what it replaces: var_mean, F.batch_norm and relu through autograd.
 
-An activation of ResNet-18, [32, 64, 56, 56], in both layouts unless a case says otherwise.
+An activation of ResNet-18, [32, 64, 56, 56], in both layouts unless a case says otherwise; on a
+GPU also one eight times as large.
 """
 
 from functools import partial
@@ -9,48 +10,66 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.harness import TINY, compare
-from dfq_kernels import _backend, batch_norm, batch_norm_statistics
-from dfq_kernels.batch_norm import batch_norm_backward_reference, batch_norm_reference
+from bench.harness import Baseline, Case, choose, compiled, describe, run_op
+from bench.settings import DEVICE, TINY
+from dfq_kernels import batch_norm, batch_norm_statistics
+from dfq_kernels.batch_norm import (
+    batch_norm_backward_reference,
+    batch_norm_reference,
+    batch_norm_statistics_backward_reference,
+)
 
-SHAPE = (2, 4, 6, 6) if TINY else (32, 64, 56, 56)
+SHAPES = choose(tiny=(2, 4, 6, 6), usual=(32, 64, 56, 56), large=(256, 64, 56, 56))
 OTHERS = {
-    "ResNet-20 16x32x32": (128, 16, 32, 32),
-    "ResNet-18 512x7x7": (32, 512, 7, 7),
-    "MobileNetV2 144x28x28": (32, 144, 28, 28),
+    "ResNet-20": (128, 16, 32, 32),
+    "ResNet-18": (32, 512, 7, 7),
+    "MobileNetV2": (32, 144, 28, 28),
 }
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = 1e-5
+BOTH = ("batch_norm", "batch_norm_backward")
+STATISTICS = ("batch_norm_statistics", "batch_norm_statistics_backward")
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def case(layout, shape=SHAPE, dtype=torch.float32):
+def tensors(layout, shape, dtype=torch.float32):
     """x, the parameters of the op up to bias, and gradients of its outputs."""
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=LAYOUTS[layout])
-    running_mean, weight, bias, grad_mean, grad_var = torch.randn(5, shape[1])
-    parameters = (running_mean, torch.rand(shape[1]) + 0.5, weight, bias)
-    check(x, parameters)
-    return x, parameters, (torch.randn_like(x), grad_mean, grad_var)
+    x = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    running_mean, weight, bias, *grads = torch.randn(5, shape[1], device=DEVICE)
+    running_var = torch.rand(shape[1], device=DEVICE) + 0.5
+    return x, (running_mean, running_var, weight, bias), (torch.randn_like(x), *grads)
 
 
 def check(x, parameters):
     """The gate: y and its gradient bit for bit, the statistics but for rounding."""
     args = (x, *parameters, EPS, True)
-    y, *statistics = _backend.implementation("batch_norm", "cpu")(*args)
-    expected_y, *expected = batch_norm_reference(*args)
-    torch.testing.assert_close(y, expected_y, rtol=0, atol=0)
-    torch.testing.assert_close(statistics, expected, rtol=2e-7, atol=2e-7)
-    args = (torch.randn_like(x), *statistics, x, statistics[0], *parameters, EPS, True, False)
-    grad_x = _backend.implementation("batch_norm_backward", "cpu")(*args)[0]
-    expected_grad = batch_norm_backward_reference(*args)[0]
-    torch.testing.assert_close(grad_x, expected_grad, rtol=0, atol=0)
+    y, mean, var = run_op("batch_norm", *args)
+    torch.testing.assert_close(y, batch_norm_reference(*args)[0], rtol=0, atol=0)
+    check_statistics(x, mean, var)
+    grad_y = torch.randn_like(x)
+    args = (grad_y, mean, var, x, mean, *parameters, EPS, True, True)
+    grad_x, *sums = run_op("batch_norm_backward", *args)
+    expected_x, *expected = batch_norm_backward_reference(*args)
+    torch.testing.assert_close(grad_x, expected_x, rtol=0, atol=0)
+    terms = 16 * grad_y.double().abs().sum((0, 2, 3)).max().item()
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-7 * terms)
+
+
+def check_statistics(x, mean, var):
+    exact_var, exact_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(
+        [mean.double(), var.double()], [exact_mean, exact_var], rtol=2e-7, atol=2e-7
+    )
 
 
 def composite(x, running_mean, running_var, weight, bias):
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, EPS)
-    return y.relu(), mean, var
+    return y.relu(), mean.float(), var.float()
 
 
 def step(forward, x, parameters, grads):
@@ -60,60 +79,149 @@ def step(forward, x, parameters, grads):
     return lambda: torch.autograd.grad(forward(*args), inputs, grads)
 
 
+def backward_of(forward, x, parameters, grads):
+    """A run of the backward alone."""
+    inputs = [value.detach().requires_grad_() for value in (x, *parameters[2:])]
+    # a compiled function would write its gradients over what the next run needs
+    with torch._functorch.config.patch(donated_buffer=False):
+        outputs = forward(inputs[0], *parameters[:2], *inputs[1:])
+        torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+    return partial(torch.autograd.grad, outputs, inputs, grads, retain_graph=True)
+
+
 fused = partial(batch_norm, eps=EPS, relu=True)
 
 
-@both_layouts
-def test_forward_and_backward(benchmark, layout):
-    x, *rest = case(layout)
-    baselines = {"var_mean + batch_norm + relu": (step(composite, x, *rest), 4)}
-    compare(benchmark, step(fused, x, *rest), baselines, elements=x.numel())
+def compiles(x):
+    """Whether to measure torch.compile: not 16 bits on a CPU, where compiling takes long."""
+    return DEVICE == "cuda" or x.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", OTHERS.values(), ids=OTHERS)
-@both_layouts
-def test_forward_and_backward_of(benchmark, layout, shape):
-    x, *rest = case(layout, SHAPE if TINY else shape)
-    baselines = {"var_mean + batch_norm + relu": (step(composite, x, *rest), 4)}
-    compare(benchmark, step(fused, x, *rest), baselines, elements=x.numel())
+def case(x, **fields):
+    return Case(size=describe(x), elements=x.numel(), **fields)
 
 
-@both_layouts
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_forward_and_backward_in(benchmark, layout, dtype):
-    x, *rest = case(layout, dtype=dtype)
-    wide = case(layout)
-    # 1 is the aim for bfloat16; a tenth is left to the noise of the clock
-    baselines = {"ours in fp32": (step(fused, *wide), 0.9 if dtype == torch.bfloat16 else None)}
-    compare(benchmark, step(fused, x, *rest), baselines, elements=x.numel())
+@shapes
+@dtypes
+@layouts
+def test_forward_and_backward(measure, layout, dtype, shape):
+    x, *rest = tensors(layout, shape, dtype)
+    aim = 4 if dtype == torch.float32 else None
+    baselines = {"eager composite": Baseline(step(composite, x, *rest), aim)}
+    if compiles(x):
+        fast = step(compiled(composite), x, *rest)
+        baselines["torch.compile"] = Baseline(fast, gpu_aim=1.1)
+    if dtype != torch.float32:
+        wide = step(fused, *tensors(layout, shape))
+        # 1 is the aim for bfloat16; a tenth is left to the noise of the clock
+        baselines["ours in fp32"] = Baseline(wide, 0.9 if dtype == torch.bfloat16 else None)
+    measure(
+        case(
+            x,
+            op="batch_norm",
+            name="forward + backward through autograd",
+            run=step(fused, x, *rest),
+            check=partial(check, x, rest[0]),
+            baselines=baselines,
+            bytes=5 * x.nbytes,
+            ops=BOTH,
+        )
+    )
 
 
-@both_layouts
-def test_forward(benchmark, layout):
-    x, parameters, _ = case(layout)
-    baselines = {
-        "var_mean + batch_norm + relu": (partial(composite, x, *parameters), None),
-        "clone": (x.clone, None),
-    }
-    compare(benchmark, partial(fused, x, *parameters), baselines, elements=x.numel())
+@pytest.mark.parametrize("network", OTHERS)
+@layouts
+def test_forward_and_backward_of(measure, layout, network):
+    x, *rest = tensors(layout, SHAPES[0] if TINY else OTHERS[network])
+    measure(
+        case(
+            x,
+            op="batch_norm",
+            name=f"forward + backward, of {network}",
+            run=step(fused, x, *rest),
+            check=partial(check, x, rest[0]),
+            baselines={"eager composite": Baseline(step(composite, x, *rest), 4)},
+            bytes=5 * x.nbytes,
+            ops=BOTH,
+        )
+    )
 
 
-@both_layouts
-def test_statistics(benchmark, layout):
-    x, parameters, _ = case(layout)
+@shapes
+@layouts
+def test_forward(measure, layout, shape):
+    x, parameters, _ = tensors(layout, shape)
+    fast = compiled(composite)
+    measure(
+        case(
+            x,
+            op="batch_norm",
+            name="forward",
+            run=partial(fused, x, *parameters),
+            check=partial(check, x, parameters),
+            baselines={
+                "eager composite": Baseline(partial(composite, x, *parameters)),
+                "torch.compile": Baseline(partial(fast, x, *parameters), gpu_aim=1.1),
+                "clone": Baseline(x.clone),
+            },
+            bytes=2 * x.nbytes,
+        )
+    )
+
+
+@shapes
+@layouts
+def test_backward(measure, layout, shape):
+    x, parameters, grads = tensors(layout, shape)
+    mean = x.float().mean((0, 2, 3))
+    args = (*grads, x, mean, *parameters, EPS, True, True)
+    plain = backward_of(composite, x, parameters, grads)
+    fast = backward_of(compiled(composite), x, parameters, grads)
+    measure(
+        case(
+            x,
+            op="batch_norm_backward",
+            name="backward, with gradients of weight and bias",
+            run=partial(run_op, "batch_norm_backward", *args),
+            check=partial(check, x, parameters),
+            baselines={
+                "eager composite": Baseline(plain),
+                "torch.compile": Baseline(fast, gpu_aim=1.1),
+            },
+            bytes=3 * x.nbytes,
+        )
+    )
+
+
+@shapes
+@layouts
+def test_statistics(measure, layout, shape):
+    x, parameters, _ = tensors(layout, shape)
     training = partial(torch.native_batch_norm, x, None, None, None, None, True, 0.0, EPS)
-    baselines = {
-        "var_mean": (partial(torch.var_mean, x, (0, 2, 3), correction=0), None),
-        "native_batch_norm": (training, None),
-    }
-    run = partial(batch_norm_statistics, x, parameters[0])
-    compare(benchmark, run, baselines, elements=x.numel())
+    var_mean = partial(torch.var_mean, x, (0, 2, 3), correction=0)
+    fast = compiled(lambda x: torch.var_mean(x, (0, 2, 3), correction=0))
+    measure(
+        case(
+            x,
+            op="batch_norm_statistics",
+            name="mean and var alone",
+            run=partial(batch_norm_statistics, x, parameters[0]),
+            check=lambda: check_statistics(x, *batch_norm_statistics(x, parameters[0])),
+            baselines={
+                "ATen var_mean": Baseline(var_mean),
+                "native_batch_norm": Baseline(training),
+                "torch.compile": Baseline(partial(fast, x), gpu_aim=1.1),
+            },
+            bytes=x.nbytes,
+        )
+    )
 
 
-@both_layouts
-def test_loss_on_statistics(benchmark, layout):
+@shapes
+@layouts
+def test_loss_on_statistics(measure, layout, shape):
     """Forward and backward of a loss that looks at mean and var alone, as BN matching does."""
-    x, parameters, (_, *grads) = case(layout)
+    x, parameters, (_, *grads) = tensors(layout, shape)
     leaf = x.detach().requires_grad_()
 
     def ours():
@@ -122,4 +230,22 @@ def test_loss_on_statistics(benchmark, layout):
     def aten():
         return torch.autograd.grad(torch.var_mean(leaf, (0, 2, 3), correction=0), leaf, grads[::-1])
 
-    compare(benchmark, ours, {"var_mean": (aten, None)}, elements=x.numel())
+    measure(
+        case(
+            x,
+            op="batch_norm_statistics",
+            name="forward + backward of a loss on mean and var",
+            run=ours,
+            check=lambda: check_loss(leaf, parameters[0], grads, ours),
+            baselines={"ATen var_mean": Baseline(aten)},
+            bytes=4 * x.nbytes,
+            ops=STATISTICS,
+        )
+    )
+
+
+def check_loss(leaf, running_mean, grads, run):
+    mean, var = (value.detach() for value in batch_norm_statistics(leaf, running_mean))
+    check_statistics(leaf.detach(), mean, var)
+    expected = batch_norm_statistics_backward_reference(*grads, leaf.detach(), mean)
+    torch.testing.assert_close(run()[0], expected, rtol=0, atol=0)
