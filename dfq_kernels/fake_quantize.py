@@ -58,12 +58,8 @@ def fake_quantize(
     """
     if axis is not None and axis < 0:
         axis += x.ndim
-    _check_grid(x, scale, zero_point, axis)
-    if not -LARGEST_CODE <= quant_min < quant_max <= LARGEST_CODE:
-        raise ValueError(
-            f"quant_min must be below quant_max and both within ±2**20, got {quant_min} and "
-            f"{quant_max}."
-        )
+    check_grid(x, scale, zero_point, axis)
+    check_bounds(quant_min, quant_max)
     if drop:
         _check_drop(x, drop, seed)
     else:
@@ -194,7 +190,25 @@ def _clamp(value: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(raised < high, raised, high)
 
 
-def _check_grid(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> None:
+def check_bounds(quant_min: int, quant_max: int) -> None:
+    """Refuse bounds that are no range of codes, or outside what float32 counts exactly.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if not -LARGEST_CODE <= quant_min < quant_max <= LARGEST_CODE:
+        raise ValueError(
+            f"quant_min must be below quant_max and both within ±2**20, got {quant_min} and "
+            f"{quant_max}."
+        )
+
+
+def check_grid(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> None:
+    """Refuse a dtype of x, or scale and zero_point that are not one for each index of ``axis``.
+
+    Raises:
+        ValueError: naming what was found and the remedy.
+    """
     if x.dtype not in DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}; convert it.")
     if axis is not None and not 0 <= axis < x.ndim:

@@ -1,11 +1,9 @@
 // fake_quantize and its backward on the CPU: one pass over memory each, any layout.
 // The specification is dfq_kernels/fake_quantize.py; integers are equal to it, bit for bit.
-#include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "common.h"
+#include "fake_quantize.h"
 #include "fake_quantize_spans.h"
 #include "fake_quantize_units.h"
 
@@ -154,6 +152,8 @@ ChannelSums backward(const Call& call, const Tensor& grad, const Tensor& dx, Nee
   return totals;
 }
 
+}  // namespace
+
 Tensor fake_quantize_cpu(const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                          int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
                          double drop, std::optional<Tensor> seed) {
@@ -199,8 +199,6 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
   }
   return {needs_x ? dx : empty(x, 0), dscale, dzero_point};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dfq_C, m) {
   m.def(
