@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dfq_kernels._backend import implementation
+from dfq_kernels import _backend, _eager
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,7 +57,10 @@ def batch_norm(
         ("bias", bias),
     ):
         _check_channels(name, values, x)
-    return _forward(x, running_mean, running_var, weight, bias, eps, relu)
+    args = (x, running_mean, running_var, weight, bias, eps, relu)
+    if not _eager.short_way((x,)):
+        return _forward(*args)
+    return _Eager.apply(*args) if _eager.learns((x, weight, bias)) else _run_forward(*args)
 
 
 def batch_norm_statistics(x: Tensor, running_mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,18 +218,30 @@ _statistics_backward = torch.library.custom_op(
 )
 
 
-def _run(op: str, device: str, *args: Any) -> Any:
-    return implementation(op, device)(*args)
+def _run_forward(x: Tensor, *args: Any) -> Any:
+    return _backend.implementation("batch_norm", x.device.type)(x, *args)
 
 
-for _name, _op in (
-    ("batch_norm", _forward),
-    ("batch_norm_statistics", _statistics),
-    ("batch_norm_backward", _backward),
-    ("batch_norm_statistics_backward", _statistics_backward),
-):
-    for _device in ("cpu", "cuda"):
-        _op.register_kernel(_device, functools.partial(_run, _name, _device))
+def _run_statistics(x: Tensor, *args: Any) -> Any:
+    return _backend.implementation("batch_norm_statistics", x.device.type)(x, *args)
+
+
+def _run_backward(grad_y: Tensor, *args: Any) -> Any:
+    return _backend.implementation("batch_norm_backward", grad_y.device.type)(grad_y, *args)
+
+
+def _run_statistics_backward(
+    grad_mean: Tensor | None, grad_var: Tensor | None, x: Tensor, mean: Tensor
+) -> Any:
+    run = _backend.implementation("batch_norm_statistics_backward", x.device.type)
+    return run(grad_mean, grad_var, x, mean)
+
+
+for _device in ("cpu", "cuda"):
+    _forward.register_kernel(_device)(_run_forward)
+    _statistics.register_kernel(_device)(_run_statistics)
+    _backward.register_kernel(_device)(_run_backward)
+    _statistics_backward.register_kernel(_device)(_run_statistics_backward)
 
 
 @_forward.register_fake
@@ -261,13 +277,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _vjp(
-    ctx: Any, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None
+    backward: Callable[..., Any],
+    ctx: Any,
+    grad_y: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     x, mean, running_mean, running_var, weight, bias = ctx.saved_tensors
     if grad_y is None:
         return _of_measured(grad_mean, grad_var, x, mean), *[None] * 6
     _, _, _, weight_learns, bias_learns, *_ = ctx.needs_input_grad
-    grad_x, grad_weight, grad_bias = _backward(
+    grad_x, grad_weight, grad_bias = backward(
         *(grad_y, grad_mean, grad_var, x, mean, running_mean, running_var, weight, bias),
         *(ctx.eps, ctx.relu, weight_learns or bias_learns),
     )
@@ -294,5 +314,6 @@ def _of_measured(
     return _statistics_backward(grad_mean, grad_var, x, mean)
 
 
-_forward.register_autograd(_vjp, setup_context=_save)
+_forward.register_autograd(functools.partial(_vjp, _backward), setup_context=_save)
 _statistics.register_autograd(_statistics_vjp, setup_context=_save_statistics)
+_Eager = _eager.function(_run_forward, _save, _vjp, _backward, _run_backward)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq_kernels import _backend
+from dfq_kernels import _backend, _eager
 
 LARGEST_CODE = 2**20  # below it every sum of a code and a zero_point is exact in float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,13 +65,9 @@ def fake_quantize(
     else:
         seed = None
     args = (x, scale, zero_point, quant_min, quant_max, axis, drop, seed)
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return _forward(*args)  # also for fake tensors and other subclasses
-    if torch.is_grad_enabled() and (
-        x.requires_grad or scale.requires_grad or zero_point.requires_grad
-    ):
-        return _Eager.apply(*args)
-    return _run_forward(*args)
+    if not _eager.short_way((x,)):
+        return _forward(*args)
+    return _Eager.apply(*args) if _eager.learns((x, scale, zero_point)) else _run_forward(*args)
 
 
 def fake_quantize_reference(
@@ -283,18 +279,4 @@ def _gradients(backward: Callable[..., Any], ctx: Any, grad: Tensor) -> tuple[Te
 _forward.register_autograd(functools.partial(_gradients, _backward), setup_context=_save)
 
 
-class _Eager(torch.autograd.Function):
-    """dfq::fake_quantize for eager mode: the dispatcher's way through Python costs more.
-
-    A forward and backward of a small tensor take about half the time, with torch 2.13 on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _save(ctx, inputs, inputs[0])
-        return _run_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # with create_graph the op itself, which refuses to be differentiated again
-        return _gradients(_backward if torch.is_grad_enabled() else _run_backward, ctx, grad)
+_Eager = _eager.function(_run_forward, _save, _gradients, _backward, _run_backward)

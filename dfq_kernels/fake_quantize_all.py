@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfq_kernels import _backend
+from dfq_kernels import _backend, _eager
 from dfq_kernels.fake_quantize import (
     check_bounds,
     check_grid,
@@ -56,12 +56,11 @@ def fake_quantize_all(
         check_bounds(low, high)
     tensors = [*xs, *scales, *zero_points]
     lists = list(xs), list(scales), list(zero_points), list(quant_mins), list(quant_maxs)
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if torch.compiler.is_compiling() or not plain:  # also fake tensors and other subclasses
+    if not _eager.short_way(tensors):
         return _forward(*lists)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return list(_Eager.apply(*lists[3:], *tensors))
-    return _run_forward(*lists)
+    if not _eager.learns(tensors):
+        return _run_forward(*lists)
+    return list(_Eager.apply(*lists[3:], *tensors))
 
 
 def fake_quantize_all_reference(
@@ -160,45 +159,37 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*xs, *scales, *zero_points)
 
 
-def _saved(ctx: Any) -> list[list[Tensor]]:
-    """xs, scales, zero_points."""
-    tensors, count = list(ctx.saved_tensors), len(ctx.quant_mins)
-    return [tensors[start : start + count] for start in range(0, 3 * count, count)]
+def _thirds(values: Sequence[Any]) -> list[list[Any]]:
+    count = len(values) // 3
+    return [list(values[start : start + count]) for start in range(0, 3 * count, count)]
 
 
 def _vjp(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor] | None, ...]:
     """Of the op, whose autograd says nothing about single tensors of a list: all gradients."""
-    results = _backward(grads, *_saved(ctx), ctx.quant_mins, ctx.quant_maxs, True, True, True)
-    count = len(grads)
-    return results[:count], results[count : 2 * count], results[2 * count :], None, None
+    lists = _thirds(ctx.saved_tensors)
+    results = _backward(grads, *lists, ctx.quant_mins, ctx.quant_maxs, True, True, True)
+    return *_thirds(results), None, None
 
 
 _forward.register_autograd(_vjp, setup_context=_save)
 
 
-class _Eager(torch.autograd.Function):
-    """dfq::fake_quantize_all for eager mode: the dispatcher's way through Python costs more."""
+def _run_flat(quant_mins: list[int], quant_maxs: list[int], *tensors: Tensor) -> Any:
+    return tuple(_run_forward(*_thirds(tensors), quant_mins, quant_maxs))
 
-    @staticmethod
-    def forward(ctx: Any, quant_mins: list[int], quant_maxs: list[int], *tensors: Tensor) -> Any:
-        count = len(quant_mins)
-        lists = [list(tensors[start : start + count]) for start in range(0, 3 * count, count)]
-        _save(ctx, (*lists, quant_mins, quant_maxs), [])
-        return tuple(_run_forward(*lists, quant_mins, quant_maxs))
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        count = len(grads)
-        needs = [
-            any(ctx.needs_input_grad[2 + start : 2 + start + count])
-            for start in range(0, 3 * count, count)
-        ]
-        # with create_graph the op itself, which refuses to be differentiated again
-        backward = _backward if torch.is_grad_enabled() else _run_backward
-        results = backward(list(grads), *_saved(ctx), ctx.quant_mins, ctx.quant_maxs, *needs)
-        wanted = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *(result if needed else None for result, needed in zip(results, wanted, strict=True)),
-        )
+def _save_flat(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.quant_mins, ctx.quant_maxs, *tensors = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _vjp_flat(backward: Callable[..., Any], ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    wanted = ctx.needs_input_grad[2:]
+    needs = [any(third) for third in _thirds(wanted)]
+    lists = _thirds(ctx.saved_tensors)
+    results = backward(list(grads), *lists, ctx.quant_mins, ctx.quant_maxs, *needs)
+    used = (result if needed else None for result, needed in zip(results, wanted, strict=True))
+    return None, None, *used
+
+
+_Eager = _eager.function(_run_flat, _save_flat, _vjp_flat, _backward, _run_backward)

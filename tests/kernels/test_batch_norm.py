@@ -296,7 +296,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         tensors = [*args, *(result if isinstance(result, tuple) else (result,))]
         if any(isinstance(t, torch.Tensor) and t.numel() == self.numel for t in tensors):
-            self.names.append(func.name().removeprefix("dfq::"))
+            self.names.append(func.name().removeprefix("dfq::").removeprefix("dfq_C::"))
         return result
 
 
