@@ -1,9 +1,11 @@
 """Runs a test on every backend: fixture ``backend``. Triton runs in its interpreter, on the CPU."""
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +15,32 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
+@functools.cache
+def _round_bfloat16_as_a_gpu() -> None:
+    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds it to the nearest."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    original = builder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            rounded = torch.tensor(src.data).bfloat16().view(torch.int16)
+            return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+        return original(self, src, dst_type)
+
+    builder.cast_impl = cast_impl
+
+
 @contextmanager
 def _force(name: str) -> Iterator[None]:
     if name == "compiled" and not _backend._load_library("cpu"):
         pytest.skip("the compiled kernels are not in this install")
-    if name == "triton" and not (_backend._exists("triton") and "TRITON_INTERPRET" in os.environ):
-        pytest.skip("the Triton interpreter is not in this install")
+    if name == "triton":
+        if not (_backend._exists("triton") and os.environ.get("TRITON_INTERPRET")):
+            pytest.skip("the Triton interpreter is not in this install")
+        _round_bfloat16_as_a_gpu()
     with _backend.use(name):
         yield
 
