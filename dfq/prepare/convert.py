@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from dfq.prepare.frozen import evaluating, freeze_batch_norm
+from dfq.prepare.fusion import fuse_relus
 from dfq.prepare.grid import range_to_scale
 from dfq.prepare.layers import QConv2d, QLinear, QReLU
 from dfq.prepare.quantizer import Quantizer
 from dfq.prepare.refusal import check_layer, check_model, is_heavy
+from dfq.prepare.together import quantize_weights_together
 from dfq.types import DataSpec, InputError, QuantSpec
 
 Bits = tuple[int, int]  # of weights, of activations
@@ -104,7 +106,10 @@ def prepare(
         _fix_input_range(replacements[student.get_submodule(order[0])], data)
     if protocol == "gdfq":
         replacements |= _quantized_relus(student, chosen, target, scales)
-    return _replace(student, replacements).requires_grad_(True)
+    student = _replace(student, replacements).requires_grad_(True)
+    fuse_relus(student)
+    quantize_weights_together(student)
+    return student
 
 
 class Row(NamedTuple):

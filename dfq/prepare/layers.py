@@ -34,6 +34,8 @@ class QConv2d(nn.Conv2d):
         InputError: if a spec has another axis.
     """
 
+    quantized_weight: Tensor | None = None  # while a forward of the student runs: together.py
+
     def __init__(
         self,
         in_channels: int,
@@ -95,7 +97,10 @@ class QConv2d(nn.Conv2d):
         """[B, in_channels, H, W] -> [B, out_channels, H', W']."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.quantized_weight
+        if weight is None:
+            weight = self.weight_quantizer(self.weight)
+        return self._conv_forward(x, weight, self.bias)
 
 
 class QLinear(nn.Linear):
@@ -103,6 +108,8 @@ class QLinear(nn.Linear):
 
     Arguments as for ``nn.Linear`` and ``QConv2d``.
     """
+
+    quantized_weight: Tensor | None = None  # while a forward of the student runs: together.py
 
     def __init__(
         self,
@@ -143,7 +150,10 @@ class QLinear(nn.Linear):
         """[..., in_features] -> [..., out_features]."""
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return F.linear(x, self.weight_quantizer(self.weight), self.bias)
+        weight = self.quantized_weight
+        if weight is None:
+            weight = self.weight_quantizer(self.weight)
+        return F.linear(x, weight, self.bias)
 
 
 class QReLU(nn.Module):
@@ -185,6 +195,8 @@ class QReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape."""
+        if getattr(x, "rectified", False):  # by the BatchNorm before it: fusion.py
+            return self.quantizer(x)
         if self.maximum is None:
             return self.quantizer(F.relu(x, self.inplace))
         return self.quantizer(F.hardtanh(x, 0.0, self.maximum, self.inplace))

@@ -13,7 +13,7 @@ from dfq.prepare.grid import SMALLEST_SCALE, range_to_scale, to_codes, to_grid
 from dfq.prepare.observer import EmaMinMax, minmax
 from dfq.types import InputError, QuantSpec
 
-_LOG_SMALLEST = math.log(SMALLEST_SCALE)
+LOG_SMALLEST = math.log(SMALLEST_SCALE)
 
 Mode = Literal["learned", "ema", "dynamic", "fixed"]
 
@@ -82,8 +82,8 @@ class Quantizer(nn.Module):
             return x
         if self.mode == "learned":
             scale, zero_point = self.qparams(x)
-            factor = (x.numel() / scale.numel() * self.spec.quant_max) ** -0.5
-            return to_grid(x, _ScaleGradient.apply(scale, factor), zero_point, self.spec)
+            scale = _ScaleGradient.apply(scale, self.gradient_factor(x))
+            return to_grid(x, scale, zero_point, self.spec)
         with torch.no_grad():
             values = to_grid(x, *self.qparams(x), self.spec)
         return _StraightThrough.apply(x, values)
@@ -102,7 +102,11 @@ class Quantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """[C], positive, differentiable; NaN before calibration. Mode ``dynamic`` has none."""
-        return self.log_scale.clamp(min=_LOG_SMALLEST).exp()
+        return self.log_scale.clamp(min=LOG_SMALLEST).exp()
+
+    def gradient_factor(self, x: Tensor) -> float:
+        """``1 / sqrt(N * quant_max)`` of LSQ, for the N elements of ``x`` that a scale serves."""
+        return (x.numel() / self.log_scale.numel() * self.spec.quant_max) ** -0.5
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Take over scale and zero_point, each [C]; the scale must be positive."""
