@@ -3,5 +3,16 @@
 from dfq_kernels.batch_norm import batch_norm, batch_norm_statistics
 from dfq_kernels.fake_quantize import fake_quantize
 from dfq_kernels.fake_quantize_all import fake_quantize_all
+from dfq_kernels.packing import pack_int4, unpack_int4
+from dfq_kernels.quantize import dequantize, quantize
 
-__all__ = ["batch_norm", "batch_norm_statistics", "fake_quantize", "fake_quantize_all"]
+__all__ = [
+    "batch_norm",
+    "batch_norm_statistics",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_all",
+    "pack_int4",
+    "quantize",
+    "unpack_int4",
+]

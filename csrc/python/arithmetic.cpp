@@ -4,6 +4,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "core/nibbles.h"
+#include "core/requantize.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -36,6 +39,10 @@ uint32_t philox(uint64_t seed, uint64_t counter, uint64_t counter_high, int word
 
 bool dropped(uint32_t word, double drop) { return dfq::dropped(word, dfq::drop_threshold(drop)); }
 
+float rescale(int32_t accumulator, float multiplier, float bias) {
+  return dfq::rescale(static_cast<float>(accumulator), multiplier, bias);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_arithmetic, m) {
@@ -52,4 +59,14 @@ PYBIND11_MODULE(_arithmetic, m) {
   m.def("philox", py::vectorize(&philox), py::arg("seed"), py::arg("counter"),
         py::arg("counter_high"), py::arg("word"));
   m.def("dropped", py::vectorize(&dropped), py::arg("word"), py::arg("drop"));
+  m.def("packed_byte", py::vectorize(&dfq::packed_byte), py::arg("k"));
+  m.def("packed_in_upper", py::vectorize(&dfq::packed_in_upper), py::arg("k"));
+  m.def("pack_nibbles", py::vectorize(&dfq::pack_nibbles), py::arg("lower"), py::arg("upper"));
+  m.def("unpack_nibble", py::vectorize(&dfq::unpack_nibble), py::arg("byte"), py::arg("upper"));
+  m.def("rescale", py::vectorize(&rescale), py::arg("accumulator"), py::arg("multiplier"),
+        py::arg("bias"));
+  m.def("add_residual", py::vectorize(&dfq::add_residual<float>), py::arg("value"),
+        py::arg("residual"), py::arg("multiplier"));
+  m.def("requantize", py::vectorize(&dfq::requantize), py::arg("value"), py::arg("zero"),
+        py::arg("low"), py::arg("high"));
 }
