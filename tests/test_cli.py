@@ -1,6 +1,8 @@
 """The command line: flags, exit codes, one sentence for every mistake."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +226,33 @@ def test_a_warning_is_one_line_on_stderr(monkeypatch, capsys):
     lines = capsys.readouterr().err.splitlines()
     (line,) = [line for line in lines if "collapse" in line]
     assert line.startswith("warning: the teacher weights collapse")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_allocation():
+    """The second time round, 64 MiB come without page faults."""
+    code = """
+import ctypes, resource, sys
+from dfq.cli.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(ctypes.c_size_t(2**26))
+    ctypes.memset(block, 1, 2**26)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    kept, given_back = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, how], capture_output=True, check=True
+            ).stdout
+        )
+        for how in ("keep", "default")
+    )
+    assert kept < given_back / 10

@@ -281,3 +281,10 @@ def test_a_file_that_does_not_import_says_why(tmp_path, source, words):
     (tmp_path / "broken.py").write_text(source)
     with pytest.raises(InputError, match=words):
         load(f"{tmp_path}/broken.py:make", DATA)
+
+
+def test_convolutions_of_a_teacher_run_in_channels_last():
+    teacher = freeze(network(), DATA)
+    x = torch.randn(2, *DATA.shape)
+    conv = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d))
+    assert conv(x).is_contiguous(memory_format=torch.channels_last)

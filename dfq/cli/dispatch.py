@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import dfq
+from dfq.cli.memory import keep_freed_memory
 from dfq.types import InputError
 
 HELP = """\
@@ -62,6 +63,7 @@ def _run(words: list[str]) -> int:
         raise InputError(f"there is no command {words[0]!r}; choose from {', '.join(COMMANDS)}.")
     place, needed = COMMANDS[words[0]]
     _require(words[0], needed)
+    keep_freed_memory()
     module, _, function = place.partition(":")
     run = getattr(importlib.import_module(module), function)
     diverged = importlib.import_module("dfq.report").DivergedError
