@@ -8,7 +8,7 @@
 
 #include <cstdlib>
 
-#include "lanes.h"
+#include "narrow.h"
 
 namespace dfq {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "core/arithmetic.h"
-#include "lanes.h"
+#include "narrow.h"
 
 namespace dfq {
 

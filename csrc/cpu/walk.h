@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "lanes.h"
+#include "narrow.h"
 #include "tiles.h"
 
 namespace dfq {
