@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.harness import Baseline, Case, choose, compiled, describe, run_op
+from bench.harness import Baseline, Case, against_compile, choose, describe, run_op
 from bench.settings import DEVICE, TINY
 from dfq_kernels import batch_norm, batch_norm_statistics
 from dfq_kernels.batch_norm import (
@@ -25,6 +25,8 @@ OTHERS = {
     "ResNet-18": (32, 512, 7, 7),
     "MobileNetV2": (32, 144, 28, 28),
 }
+if TINY:
+    OTHERS = {"ResNet-20": SHAPES[0]}
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = 1e-5
@@ -92,11 +94,6 @@ def backward_of(forward, x, parameters, grads):
 fused = partial(batch_norm, eps=EPS, relu=True)
 
 
-def compiles(x):
-    """Whether to measure torch.compile: not 16 bits on a CPU, where compiling takes long."""
-    return DEVICE == "cuda" or x.dtype == torch.float32
-
-
 def case(x, **fields):
     return Case(size=describe(x), elements=x.numel(), **fields)
 
@@ -108,9 +105,7 @@ def test_forward_and_backward(measure, layout, dtype, shape):
     x, *rest = tensors(layout, shape, dtype)
     aim = 4 if dtype == torch.float32 else None
     baselines = {"eager composite": Baseline(step(composite, x, *rest), aim)}
-    if compiles(x):
-        fast = step(compiled(composite), x, *rest)
-        baselines["torch.compile"] = Baseline(fast, gpu_aim=1.1)
+    baselines |= against_compile(x, composite, lambda fast: step(fast, x, *rest))
     if dtype != torch.float32:
         wide = step(fused, *tensors(layout, shape))
         # 1 is the aim for bfloat16; a tenth is left to the noise of the clock
@@ -132,7 +127,7 @@ def test_forward_and_backward(measure, layout, dtype, shape):
 @pytest.mark.parametrize("network", OTHERS)
 @layouts
 def test_forward_and_backward_of(measure, layout, network):
-    x, *rest = tensors(layout, SHAPES[0] if TINY else OTHERS[network])
+    x, *rest = tensors(layout, OTHERS[network])
     measure(
         case(
             x,
@@ -151,7 +146,6 @@ def test_forward_and_backward_of(measure, layout, network):
 @layouts
 def test_forward(measure, layout, shape):
     x, parameters, _ = tensors(layout, shape)
-    fast = compiled(composite)
     measure(
         case(
             x,
@@ -161,7 +155,7 @@ def test_forward(measure, layout, shape):
             check=partial(check, x, parameters),
             baselines={
                 "eager composite": Baseline(partial(composite, x, *parameters)),
-                "torch.compile": Baseline(partial(fast, x, *parameters), gpu_aim=1.1),
+                **against_compile(x, composite, lambda fast: partial(fast, x, *parameters)),
                 "clone": Baseline(x.clone),
             },
             bytes=2 * x.nbytes,
@@ -176,7 +170,7 @@ def test_backward(measure, layout, shape):
     mean = x.float().mean((0, 2, 3))
     args = (*grads, x, mean, *parameters, EPS, True, True)
     plain = backward_of(composite, x, parameters, grads)
-    fast = backward_of(compiled(composite), x, parameters, grads)
+    compiled = against_compile(x, composite, lambda fast: backward_of(fast, x, parameters, grads))
     measure(
         case(
             x,
@@ -186,7 +180,7 @@ def test_backward(measure, layout, shape):
             check=partial(check, x, parameters),
             baselines={
                 "eager composite": Baseline(plain),
-                "torch.compile": Baseline(fast, gpu_aim=1.1),
+                **compiled,
             },
             bytes=3 * x.nbytes,
         )
@@ -198,8 +192,7 @@ def test_backward(measure, layout, shape):
 def test_statistics(measure, layout, shape):
     x, parameters, _ = tensors(layout, shape)
     training = partial(torch.native_batch_norm, x, None, None, None, None, True, 0.0, EPS)
-    var_mean = partial(torch.var_mean, x, (0, 2, 3), correction=0)
-    fast = compiled(lambda x: torch.var_mean(x, (0, 2, 3), correction=0))
+    var_mean = partial(torch.var_mean, dim=(0, 2, 3), correction=0)
     measure(
         case(
             x,
@@ -208,9 +201,9 @@ def test_statistics(measure, layout, shape):
             run=partial(batch_norm_statistics, x, parameters[0]),
             check=lambda: check_statistics(x, *batch_norm_statistics(x, parameters[0])),
             baselines={
-                "ATen var_mean": Baseline(var_mean),
+                "ATen var_mean": Baseline(partial(var_mean, x)),
                 "native_batch_norm": Baseline(training),
-                "torch.compile": Baseline(partial(fast, x), gpu_aim=1.1),
+                **against_compile(x, var_mean, lambda fast: partial(fast, x)),
             },
             bytes=x.nbytes,
         )

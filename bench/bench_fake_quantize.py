@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench.harness import Baseline, Case, choose, compiled, describe, run_op
+from bench.harness import Baseline, Case, against_compile, choose, describe, run_op
 from bench.settings import DEVICE
 from dfq_kernels import fake_quantize
 from dfq_kernels.fake_quantize import fake_quantize_backward_reference, fake_quantize_reference
@@ -16,8 +16,10 @@ from dfq_kernels.fake_quantize import fake_quantize_backward_reference, fake_qua
 SHAPES = choose(tiny=(2, 16, 5, 5), usual=(8, 64, 56, 56), large=(256, 64, 56, 56))
 WEIGHTS = choose(tiny=(16, 50), usual=(512, 3136), large=(8192, 6272))
 LARGE = choose(tiny=1000, usual=12_800_000)[0]
-LAYOUTS = {"weights": (WEIGHTS, 0), "NCHW": (SHAPES, 1), "channels_last": (SHAPES, 1)}
-PER_CHANNEL = [(layout, shape) for layout, (shapes, _) in LAYOUTS.items() for shape in shapes]
+PER_CHANNEL = [
+    *(("weights", shape) for shape in WEIGHTS),
+    *((layout, shape) for layout in ("NCHW", "channels_last") for shape in SHAPES),
+]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BOUNDS = (-8, 7)
 PLAIN = (None, 0.0, None)  # axis, drop, seed
@@ -53,11 +55,6 @@ def backward_of(function, grad, x, scale, zero_point, shape):
     return partial(torch.autograd.grad, y, inputs, grad, retain_graph=True)
 
 
-def compiles(x):
-    """Whether to measure torch.compile: not 16 bits on a CPU, where compiling takes long."""
-    return DEVICE == "cuda" or x.dtype == torch.float32
-
-
 def only_for_fp32(x, aim):
     return aim if x.dtype == torch.float32 else None
 
@@ -72,7 +69,7 @@ def channel_case(layout, shape):
     x = torch.randn(shape, device=DEVICE)
     if layout == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
-    axis = LAYOUTS[layout][1]
+    axis = 0 if layout == "weights" else 1
     broadcast = [1] * x.ndim
     broadcast[axis] = channels = x.shape[axis]
     scale = torch.rand(channels, device=DEVICE) * 0.1 + 0.05
@@ -105,11 +102,9 @@ def test_forward(measure, dtype, shape):
             lambda: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, *BOUNDS), only_for_fp32(x, 15)
         ),
         "eager composite": Baseline(lambda: composite_forward(*args, *BOUNDS), only_for_fp32(x, 4)),
+        **against_compile(x, composite_forward, lambda fast: partial(fast, *args, *BOUNDS)),
         "clone": Baseline(x.clone),
     }
-    if compiles(x):
-        fast = compiled(composite_forward)
-        baselines["torch.compile"] = Baseline(lambda: fast(*args, *BOUNDS), gpu_aim=1.1)
     if dtype != torch.float32:
         wide = partial(fake_quantize, x.float(), scale, zero_point, *BOUNDS)
         # 1 is the aim for bfloat16; a tenth is left to the noise of the clock
@@ -133,7 +128,7 @@ def test_forward_per_channel(measure, layout, shape):
     views = scale.view(broadcast), zero_point.view(broadcast)
     codes = zero_point.int()
     aten = partial(torch.fake_quantize_per_channel_affine, x, scale, codes, axis, *BOUNDS)
-    fast = compiled(composite_forward)
+    compiled = against_compile(x, composite_forward, lambda fast: partial(fast, x, *views, *BOUNDS))
     measure(
         case(
             x,
@@ -144,7 +139,7 @@ def test_forward_per_channel(measure, layout, shape):
             baselines={
                 "ATen": Baseline(aten, 10),
                 "eager composite": Baseline(lambda: composite_forward(x, *views, *BOUNDS), 4),
-                "torch.compile": Baseline(lambda: fast(x, *views, *BOUNDS), gpu_aim=1.1),
+                **compiled,
             },
             bytes=2 * x.nbytes,
         )
@@ -162,9 +157,7 @@ def test_backward(measure, dtype, shape):
     if dtype != torch.float16:  # which ATen refuses
         aten = partial(aten_backward, *args, *BOUNDS, 1.0)
         baselines["ATen learnable"] = Baseline(aten, only_for_fp32(x, 15), gpu_aim=2)
-    if compiles(x):
-        fast = backward_of(compiled(composite), *args, [1] * 4)
-        baselines["torch.compile"] = Baseline(fast, gpu_aim=1.1)
+    baselines |= against_compile(x, composite, lambda fast: backward_of(fast, *args, [1] * 4))
     if dtype != torch.float32:
         wide = (grad.float(), x.float(), scale, zero_point, *BOUNDS, *PLAIN, *NEEDS)
         baselines["ours in fp32"] = Baseline(partial(run_op, "fake_quantize_backward", *wide))
@@ -189,7 +182,7 @@ def test_backward_per_channel(measure, layout, shape):
     everything = (*args, *BOUNDS, axis, 0.0, None, *NEEDS)
     aten = partial(aten_channel_backward, *args, axis, *BOUNDS, 1.0)
     plain = backward_of(composite, *args, broadcast)
-    fast = backward_of(compiled(composite), *args, broadcast)
+    compiled = against_compile(x, composite, lambda fast: backward_of(fast, *args, broadcast))
     measure(
         case(
             x,
@@ -200,7 +193,7 @@ def test_backward_per_channel(measure, layout, shape):
             baselines={
                 "ATen learnable": Baseline(aten, 10, gpu_aim=2),
                 "eager composite": Baseline(plain, 4),
-                "torch.compile": Baseline(fast, gpu_aim=1.1),
+                **compiled,
             },
             bytes=3 * x.nbytes,
         )
@@ -219,7 +212,6 @@ def test_forward_and_backward(measure, shape):
         return torch.autograd.grad(y, inputs, grad)
 
     args = (grad, x.detach(), scale.detach(), zero_point, *BOUNDS, *PLAIN, *NEEDS)
-    fast = compiled(composite)
     measure(
         case(
             x,
@@ -230,7 +222,7 @@ def test_forward_and_backward(measure, shape):
             baselines={
                 "ATen learnable": Baseline(lambda: both(lambda *a: aten_learnable(*a, 1.0))),
                 "eager composite": Baseline(partial(both, composite), 4),
-                "torch.compile": Baseline(partial(both, fast), gpu_aim=1.1),
+                **against_compile(x, composite, lambda fast: partial(both, fast)),
             },
             bytes=5 * x.nbytes,
             ops=("fake_quantize", "fake_quantize_backward"),

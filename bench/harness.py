@@ -13,7 +13,7 @@ in its own row. ``bench.settings`` has the switches, ``bench.record`` what is wr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from bench.settings import DEVICE, TINY
 from bench.timing import Run, Subject, Timing, on_cpu, on_gpu
 from dfq_kernels import _backend
 
-TURNS = 1 if TINY else 15
+TURNS = {"turns": 1, "runs": 1} if TINY else {}
 LARGE = 2 * 64e6  # bytes read and written; what aims at a GPU counts from here on
 OF_COPY_AIM = 0.85  # of the GPU's copy bandwidth
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -41,6 +41,7 @@ class Baseline:
     run: Run
     aim: float | None = None  # on a CPU; None: only recorded
     gpu_aim: float | None = None  # on a GPU, from ``LARGE`` on
+    backend: str | None = None  # that our ops take in it, if it calls any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,20 @@ def compiled(function: Callable[..., T]) -> Callable[..., T]:
     return torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
 
 
+def against_compile(
+    x: Tensor, function: Callable[..., Any], run: Callable[[Callable[..., Any]], Run]
+) -> dict[str, Baseline]:
+    """The baseline torch.compile, where it is worth the time that compiling takes.
+
+    ``run`` makes a run of the compiled function. On a CPU float32 alone is measured, on a GPU
+    float32 and bfloat16 of the large sizes.
+    """
+    worth = x.dtype == torch.float32
+    if DEVICE == "cuda":
+        worth = x.dtype != torch.float16 and x.nbytes >= LARGE / 2
+    return {"torch.compile": Baseline(run(compiled(function)), gpu_aim=1.1)} if worth else {}
+
+
 def describe(x: Tensor) -> str:
     """Shape, dtype and, if it matters, memory layout."""
     layout = ""
@@ -99,21 +114,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def backends(ops: Sequence[str], device: str = DEVICE) -> list[str]:
-    """What to measure: on a CPU what runs there, on a GPU and in the interpreter all there is.
-
-    The reference takes part where there is nothing else. ``DFQ_BACKEND`` forces one.
-    """
-    if os.environ.get("DFQ_BACKEND"):
-        return [os.environ["DFQ_BACKEND"]]
-    fast = [
-        name
-        for name in ("compiled", "triton")
-        if all(_backend.variant(op, name, device) is not None for op in ops)
-    ]
-    return fast or ["reference"]
 
 
 def measure(case: Case, benchmark: Any = None) -> list[Row]:
@@ -143,24 +143,32 @@ def measure(case: Case, benchmark: Any = None) -> list[Row]:
 
 
 def _gate(case: Case) -> tuple[list[str], list[str]]:
-    """The backends that pass, and for the others what is wrong."""
+    """The backends that pass, and for the others what is wrong.
+
+    On a CPU what runs there is asked, on a GPU and in the interpreter all there is; the reference
+    where there is nothing else. ``DFQ_BACKEND`` forces one.
+    """
+    forced = os.environ.get("DFQ_BACKEND")
     right, wrong = [], []
-    for backend in backends(case.ops or (case.op,)):
-        with _backend.use(backend):
-            try:
-                case.check()
+    for backend in [forced] if forced else ["compiled", "triton", "reference"]:
+        if backend == "reference" and not forced and (right or wrong):
+            break
+        try:  # one that does not load or compile must not hide the other
+            if all(_backend.variant(op, backend, DEVICE) for op in case.ops or (case.op,)):
+                with _backend.use(backend):
+                    case.check()
                 right.append(backend)
-            except Exception as error:  # a kernel that does not compile must not hide the other
-                wrong.append(f"{backend}: {type(error).__name__}: {error}")
+        except Exception as error:
+            wrong.append(f"{backend}: {type(error).__name__}: {error}")
     return right, wrong
 
 
 def _time(case: Case, backends: list[str]) -> dict[str, Timing]:
     """By backend or name of the baseline; without the baselines that do not run on a GPU."""
     ours = {name: Subject(case.run, name) for name in backends}
-    others = {name: Subject(baseline.run) for name, baseline in case.baselines.items()}
+    others = {name: Subject(one.run, one.backend) for name, one in case.baselines.items()}
     if DEVICE == "cpu":
-        return on_cpu(ours | others, threads=case.threads, turns=TURNS)
+        return on_cpu(ours | others, threads=case.threads, **TURNS)
     times = {name: on_gpu(subject) for name, subject in ours.items()}
     for name, subject in others.items():
         try:
@@ -178,6 +186,7 @@ def _rows(case: Case, backend: str, times: dict[str, Timing]) -> list[Row]:
     us, us_p20, us_p80 = (round(value * 1e6, 3) for value in astuple(times[backend]))
     alone = Row(
         op=case.op,
+        ops=case.ops or (case.op,),
         case=case.name,
         size=case.size,
         backend=backend,

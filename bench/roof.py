@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 
@@ -31,6 +33,11 @@ class Roof:
     us: float
     us_p20: float
     us_p80: float
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Roof:
+        """From its record, which says more."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
     def __str__(self) -> str:
         return f"{self.what:20s} {self.size:20s} {self.us:9.1f} us {self.rate:8.1f} {self.unit}"
@@ -68,7 +75,7 @@ def _matmul(what: str) -> Roof:
 def _time(run: Run) -> Timing:
     if DEVICE == "cuda":
         return on_gpu(Subject(run))
-    return on_cpu({"": Subject(run)}, threads=1, turns=1)[""]
+    return on_cpu({"": Subject(run)}, turns=1)[""]
 
 
 def _roof(what: str, size: str, amount: int, timing: Timing) -> Roof:

@@ -10,6 +10,7 @@ class Row:
     """One implementation against one baseline; a case without baselines has one row."""
 
     op: str
+    ops: tuple[str, ...]  # that took part
     case: str
     size: str
     backend: str

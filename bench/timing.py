@@ -44,11 +44,13 @@ def summarize(seconds: Sequence[float]) -> Timing:
     return Timing(*values.quantile(values.new_tensor(QUANTILES)).tolist())
 
 
-def on_cpu(subjects: dict[str, Subject], *, threads: int, turns: int) -> dict[str, Timing]:
+def on_cpu(
+    subjects: dict[str, Subject], *, threads: int = 1, turns: int = 15, runs: int = 2
+) -> dict[str, Timing]:
     """Time each subject in turns, so that all see the same machine.
 
-    A turn is three runs; the first, which brings the data back into the caches, is not timed. The
-    clock of one thread is its CPU time, which a busy machine does not shift; that of several is
+    A turn is some runs and one before them, not timed, that brings the data back into the caches.
+    The clock of one thread is its CPU time, which a busy machine does not shift; that of several is
     the wall's.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
@@ -56,7 +58,7 @@ def on_cpu(subjects: dict[str, Subject], *, threads: int, turns: int) -> dict[st
     def turn(run: Run) -> list[float]:
         run()
         times = []
-        for _ in range(2):
+        for _ in range(runs):
             start = clock()
             run()
             times.append(clock() - start)
