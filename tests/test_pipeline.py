@@ -213,9 +213,9 @@ def test_real_methods_give_the_same_bits_for_the_same_seed(tmp_path, method):
     config = replace(
         config,
         generator=replace(config.generator, batch_size=8, steps_per_batch=2, first_steps=2),
-        student=replace(config.student, batch_size=4, steps_per_batch=3, shift=1),
-        batches=3,
-        warmup_batches=2,
+        schedule=replace(
+            config.schedule, batches=3, warmup_batches=2, steps_per_batch=3, batch_size=4, shift=1
+        ),
     )
     runs = []
     for seed, options in ((0, {}), (0, {"eval_file": path}), (1, {})):

@@ -13,32 +13,23 @@ class StudentConfig:
     """Hyper-parameters of the student; the defaults are ours, measured on ResNet-20 at W3A3.
 
     Attributes:
-        steps_per_batch: student steps after each generator batch, once the student has begun.
-        batch_size: images of a student step.
         lr: rate for weights, biases and BatchNorm's affine part, falling to 0.
         scale_lr: rate for the logarithms of the learned scales, falling to 0.
         temperature: of the distillation.
-        shift: images are flipped at random and moved by up to so many pixels; None: left alone.
         optimizer: Adam, or SGD with Nesterov momentum 0.9 and weight decay 1e-4 (GDFQ's code).
         milestones: fractions of the way at which rates fall tenfold, instead of a cosine.
     """
 
-    steps_per_batch: int = 1500
-    batch_size: int = 64
     lr: float = 5e-4
     scale_lr: float = 5e-3
     temperature: float = 4.0
-    shift: int | None = 3
     optimizer: Literal["adam", "sgd"] = "adam"
     milestones: tuple[float, ...] = ()
 
 
 GDFQ_STUDENT = StudentConfig(  # the authors' cifar100_resnet20.hocon: 400 epochs of 200 steps
-    steps_per_batch=1,
-    batch_size=200,
     lr=1e-4,
     temperature=20.0,
-    shift=None,
     optimizer="sgd",
     milestones=(0.25, 0.5, 0.75),
 )

@@ -26,13 +26,8 @@ from dfq.distill.weighting import (
     weighted_divergence,
 )
 from dfq.prepare import calibrate, prepare, split_parameters
-from dfq.synthesize.generate import (
-    GDFQ_GENERATOR,
-    GeneratorConfig,
-    check_schedule,
-    generated_batches,
-)
-from dfq.synthesize.pool import ImagePool, augment
+from dfq.synthesize.generate import GDFQ_GENERATOR, GeneratorConfig, generated_batches
+from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -43,9 +38,8 @@ class DMKDConfig:
     Attributes:
         generator: how the generator learns.
         student: how the student learns.
-        batches: generator batches in all.
-        warmup_batches: batches made before the student begins; all ranges are taken then.
-        pool_batches: the latest batches, from which the student draws.
+        schedule: when images are made and when the student learns; all ranges are taken when it
+            begins.
         teacher_bits: bits of the quantized teachers beside the float one, weights and activations.
         weight_input: what the weight net looks at.
         objective: what the weight net and the student minimize, R1 to R4 of ``weighting.py``.
@@ -55,35 +49,25 @@ class DMKDConfig:
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    batches: int = 8
-    warmup_batches: int = 8
-    pool_batches: int = 8
+    schedule: Schedule = field(default_factory=Schedule)
     teacher_bits: tuple[int, ...] = (8, 6)
     weight_input: WeightInput = "image"
     objective: Objective = "uncertainty"
     entropy_weight: float = 0.1
     weight_lr: float = 1e-3
 
-    def __post_init__(self) -> None:
-        check_schedule(self.batches, self.warmup_batches, self.pool_batches)
-
 
 _QUICK = DMKDConfig(
     generator=GeneratorConfig(steps_per_batch=40),
-    student=StudentConfig(steps_per_batch=400),
-    batches=4,
-    warmup_batches=4,
-    pool_batches=4,
+    schedule=Schedule(batches=4, warmup_batches=4, pool_batches=4, steps_per_batch=400),
 )
 _FULL = DMKDConfig(
-    student=StudentConfig(steps_per_batch=4000), batches=32, warmup_batches=32, pool_batches=32
+    schedule=Schedule(batches=32, warmup_batches=32, pool_batches=32, steps_per_batch=4000)
 )
 _PAPER = DMKDConfig(
     generator=GDFQ_GENERATOR,
     student=GDFQ_STUDENT,
-    batches=80_000,
-    warmup_batches=800,
-    pool_batches=1,
+    schedule=GDFQ_SCHEDULE,
     objective="softmax",
 )
 DMKD_EFFORTS = {"quick": _QUICK, "default": DMKDConfig(), "full": _FULL, "paper": _PAPER}
@@ -99,7 +83,6 @@ def dmkd(
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
     """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
-    pool = ImagePool(config.pool_batches * config.generator.batch_size)
     teachers = [teacher, *(_quantized_teacher(teacher, bits, data) for bits in config.teacher_bits)]
     with seeded_layers(rng):
         weight_net = TeacherWeightNet(
@@ -109,35 +92,28 @@ def dmkd(
     optimizer = student_optimizer(*split_parameters(student), config.student)
     weight_optimizer = torch.optim.Adam(weight_net.parameters(), lr=config.weight_lr)
     batches = generated_batches(
-        teacher, data, config.generator, config.batches, rng=rng, report=report
+        teacher, data, config.generator, config.schedule.batches, rng=rng, report=report
     )
-    steps = config.student.steps_per_batch
-    total = steps * (config.batches - config.warmup_batches + 1)
-    for batch, (images, labels) in enumerate(batches):
-        pool.add(images, labels)
-        if batch + 1 < config.warmup_batches:
-            continue
-        if batch + 1 == config.warmup_batches:
+    for lesson in lessons(batches, config.schedule, rng=rng):
+        if lesson.step == 0:
             for model in (*teachers[1:], student):
-                calibrate(model, pool.all().images)
-        first = steps * (batch + 1 - config.warmup_batches)
-        for step in range(first, first + steps):
-            anneal(optimizer, step / total, config.student.milestones)
-            images, _ = pool.sample(config.student.batch_size, rng)
-            images = augment(images, config.student.shift, rng)
-            with torch.no_grad():
-                teacher_logits = [model(images) for model in teachers]
-            student_logits = student(images)
-            divergence = multi_teacher_divergence(
-                student_logits, teacher_logits, config.student.temperature
-            )
-            scores = weight_net(images, torch.stack([*teacher_logits, student_logits.detach()], 1))
-            loss, weights = weighted_divergence(
-                divergence, scores, config.objective, config.entropy_weight
-            )
-            descend(loss.mean(), optimizer, weight_optimizer)
-            report("distill", step + 1, total, **_measures(divergence, weights))
-    return student, pool.all()
+                calibrate(model, lesson.pool.images)
+        anneal(optimizer, lesson.step / lesson.steps, config.student.milestones)
+        with torch.no_grad():
+            teacher_logits = [model(lesson.images) for model in teachers]
+        student_logits = student(lesson.images)
+        divergence = multi_teacher_divergence(
+            student_logits, teacher_logits, config.student.temperature
+        )
+        scores = weight_net(
+            lesson.images, torch.stack([*teacher_logits, student_logits.detach()], 1)
+        )
+        loss, weights = weighted_divergence(
+            divergence, scores, config.objective, config.entropy_weight
+        )
+        descend(loss.mean(), optimizer, weight_optimizer)
+        report("distill", lesson.step + 1, lesson.steps, **_measures(divergence, weights))
+    return student, lesson.pool
 
 
 def _quantized_teacher(teacher: nn.Module, bits: int, data: DataSpec) -> nn.Module:

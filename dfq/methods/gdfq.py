@@ -21,13 +21,8 @@ from dfq.descent import anneal, descend
 from dfq.distill.losses import kd_divergence
 from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
 from dfq.prepare import calibrate, split_parameters
-from dfq.synthesize.generate import (
-    GDFQ_GENERATOR,
-    GeneratorConfig,
-    check_schedule,
-    generated_batches,
-)
-from dfq.synthesize.pool import ImagePool, augment
+from dfq.synthesize.generate import GDFQ_GENERATOR, GeneratorConfig, generated_batches
+from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -38,41 +33,30 @@ class GDFQConfig:
     Attributes:
         generator: how the generator learns.
         student: how the student learns.
-        batches: generator batches in all.
-        warmup_batches: batches made before the student begins; its ranges are taken then.
-        pool_batches: the latest batches, from which the student draws.
+        schedule: when images are made and when the student learns; its ranges are taken when it
+            begins.
         kd_weight: weight of the divergence from the teacher, summed over classes.
         class_weight: weight of the student's cross entropy against the generator's labels.
     """
 
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    batches: int = 8
-    warmup_batches: int = 8
-    pool_batches: int = 8
+    schedule: Schedule = field(default_factory=Schedule)
     kd_weight: float = 1.0
     class_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_schedule(self.batches, self.warmup_batches, self.pool_batches)
 
 
 _QUICK = GDFQConfig(
     generator=GeneratorConfig(steps_per_batch=40),
-    student=StudentConfig(steps_per_batch=400),
-    batches=4,
-    warmup_batches=4,
-    pool_batches=4,
+    schedule=Schedule(batches=4, warmup_batches=4, pool_batches=4, steps_per_batch=400),
 )
 _FULL = GDFQConfig(
-    student=StudentConfig(steps_per_batch=4000), batches=32, warmup_batches=32, pool_batches=32
+    schedule=Schedule(batches=32, warmup_batches=32, pool_batches=32, steps_per_batch=4000)
 )
 _PAPER = GDFQConfig(
     generator=GDFQ_GENERATOR,
     student=GDFQ_STUDENT,
-    batches=80_000,
-    warmup_batches=800,
-    pool_batches=1,
+    schedule=GDFQ_SCHEDULE,
     kd_weight=0.01,  # the authors' KLDivLoss averages over the 100 classes too
     class_weight=1.0,
 )
@@ -89,31 +73,21 @@ def gdfq(
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
     """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
-    pool = ImagePool(config.pool_batches * config.generator.batch_size)
     optimizer = student_optimizer(*split_parameters(student), config.student)
     batches = generated_batches(
-        teacher, data, config.generator, config.batches, rng=rng, report=report
+        teacher, data, config.generator, config.schedule.batches, rng=rng, report=report
     )
-    steps = config.student.steps_per_batch
-    total = steps * (config.batches - config.warmup_batches + 1)
-    for batch, (images, labels) in enumerate(batches):
-        pool.add(images, labels)
-        if batch + 1 < config.warmup_batches:
-            continue
-        if batch + 1 == config.warmup_batches:
-            calibrate(student, pool.all().images)
-        first = steps * (batch + 1 - config.warmup_batches)
-        for step in range(first, first + steps):
-            anneal(optimizer, step / total, config.student.milestones)
-            images, labels = pool.sample(config.student.batch_size, rng)
-            images = augment(images, config.student.shift, rng)
-            with torch.no_grad():
-                teacher_logits = teacher(images)
-            student_logits = student(images)
-            kd = kd_divergence(student_logits, teacher_logits, config.student.temperature).mean()
-            loss = config.kd_weight * kd
-            if config.class_weight:
-                loss = loss + config.class_weight * F.cross_entropy(student_logits, labels)
-            descend(loss, optimizer)
-            report("distill", step + 1, total, kd=kd.detach())
-    return student, pool.all()
+    for lesson in lessons(batches, config.schedule, rng=rng):
+        if lesson.step == 0:
+            calibrate(student, lesson.pool.images)
+        anneal(optimizer, lesson.step / lesson.steps, config.student.milestones)
+        with torch.no_grad():
+            teacher_logits = teacher(lesson.images)
+        student_logits = student(lesson.images)
+        kd = kd_divergence(student_logits, teacher_logits, config.student.temperature).mean()
+        loss = config.kd_weight * kd
+        if config.class_weight:
+            loss = loss + config.class_weight * F.cross_entropy(student_logits, lesson.labels)
+        descend(loss, optimizer)
+        report("distill", lesson.step + 1, lesson.steps, kd=kd.detach())
+    return student, lesson.pool

@@ -12,7 +12,7 @@ from dfq.descent import anneal, descend, seeded_layers
 from dfq.synthesize.bn_stats import capture_bn_statistics
 from dfq.synthesize.generators import ConditionalGenerator
 from dfq.synthesize.losses import bn_mismatch
-from dfq.types import DataSpec, Images, InputError, Report, silent
+from dfq.types import DataSpec, Images, Report, silent
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,6 @@ GDFQ_GENERATOR = GeneratorConfig(  # the authors' cifar100_resnet20.hocon and co
     bn_eps=0.8,
     bfloat16=False,
 )
-
-
-def check_schedule(batches: int, warmup_batches: int, pool_batches: int) -> None:
-    """Refuse a schedule in which the student would never begin or find no images.
-
-    Raises:
-        InputError: naming the field to change.
-    """
-    if not 1 <= warmup_batches <= batches:
-        raise InputError(
-            f"warmup_batches must be 1 to batches ({batches}), got {warmup_batches}: the student "
-            "begins when they are made."
-        )
-    if pool_batches < 1:
-        raise InputError(f"pool_batches must be at least 1, got {pool_batches}.")
 
 
 def generated_batches(

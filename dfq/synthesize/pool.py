@@ -1,10 +1,83 @@
 """A ring of generated images, so that many student steps share one costly generator batch."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfq.types import Images
+from dfq.types import Images, InputError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When images are made and when a student learns from them; the defaults are ours.
+
+    Attributes:
+        batches: generator batches in all.
+        warmup_batches: batches made before the student begins.
+        pool_batches: the latest batches, from which the student draws.
+        steps_per_batch: student steps after each generator batch, once the student has begun.
+        batch_size: images of a student step.
+        shift: images are flipped at random and moved by up to so many pixels; None: left alone.
+
+    Raises:
+        InputError: if the student would never begin, or find no images.
+    """
+
+    batches: int = 8
+    warmup_batches: int = 8
+    pool_batches: int = 8
+    steps_per_batch: int = 1500
+    batch_size: int = 64
+    shift: int | None = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.warmup_batches <= self.batches:
+            raise InputError(
+                f"warmup_batches must be 1 to batches ({self.batches}), got "
+                f"{self.warmup_batches}: the student begins when they are made."
+            )
+        for name in ("pool_batches", "steps_per_batch", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+GDFQ_SCHEDULE = Schedule(  # the authors' cifar100_resnet20.hocon: 400 epochs of 200 steps
+    batches=80_000,
+    warmup_batches=800,
+    pool_batches=1,
+    steps_per_batch=1,
+    batch_size=200,
+    shift=None,
+)
+
+
+class Lesson(NamedTuple):
+    """What a student learns from in one step."""
+
+    images: Tensor  # [B, C, H, W], augmented
+    labels: Tensor  # [B]
+    step: int  # of ``steps``; 0 is the first
+    steps: int
+    pool: Images  # what they were drawn from, a view
+
+
+def lessons(
+    batches: Iterable[Images], schedule: Schedule, *, rng: torch.Generator
+) -> Iterator[Lesson]:
+    """The student's steps, between which the next of ``batches`` is made."""
+    pool: ImagePool | None = None
+    steps = schedule.steps_per_batch * (schedule.batches - schedule.warmup_batches + 1)
+    for batch, (images, labels) in enumerate(batches, 1 - schedule.warmup_batches):
+        pool = pool or ImagePool(schedule.pool_batches * len(images))
+        pool.add(images, labels)
+        first = batch * schedule.steps_per_batch
+        for step in range(max(first, 0), first + schedule.steps_per_batch):
+            images, labels = pool.sample(schedule.batch_size, rng)
+            yield Lesson(augment(images, schedule.shift, rng), labels, step, steps, pool.all())
 
 
 class ImagePool:

@@ -14,7 +14,7 @@ IN_TRAINING = 7  # the argument of native_batch_norm_backward that says so
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training_takes_no_pass_that_an_op_of_ours_could_share(name):
-    assert TINY["student"].batch_size * 8 * 8 * 8 == ACTIVATION
+    assert TINY["schedule"].batch_size * 8 * 8 * 8 == ACTIVATION
     with Passes(ACTIVATION) as passes:
         _train(name)
     count = passes.names.count

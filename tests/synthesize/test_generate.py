@@ -7,10 +7,9 @@ from torch import nn
 from dfq.synthesize.generate import (
     GDFQ_GENERATOR,
     GeneratorConfig,
-    check_schedule,
     generated_batches,
 )
-from dfq.types import DataSpec, InputError
+from dfq.types import DataSpec
 
 DATA = DataSpec(shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 TINY = GeneratorConfig(batch_size=16, steps_per_batch=12, first_steps=5, latent_dim=8)
@@ -72,12 +71,3 @@ def test_learned_latents_fit_a_batch_better_than_fixed_ones():
     _, learned = _run(replace(TINY, steps_per_batch=40))
     _, fixed = _run(replace(TINY, steps_per_batch=40, latent_lr=0.0))
     assert learned[-1][2]["bn_loss"] < fixed[-1][2]["bn_loss"]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "field"),
-    [((4, 5, 1), "warmup_batches"), ((4, 0, 1), "warmup"), ((4, 4, 0), "pool")],
-)
-def test_impossible_schedules_name_the_field(schedule, field):
-    with pytest.raises(InputError, match=field):
-        check_schedule(*schedule)

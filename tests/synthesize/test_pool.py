@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from dfq.synthesize.pool import ImagePool, augment
+from dfq.synthesize.pool import ImagePool, Schedule, augment, lessons
+from dfq.types import Images, InputError
 
 
 def _batch(*labels):
@@ -60,3 +63,63 @@ def test_augment_flips_and_shifts_but_invents_no_pixel():
 def test_augment_none_is_the_identity():
     images = torch.randn(2, 3, 4, 4)
     assert augment(images, None, torch.Generator()) is images
+
+
+def _batches(count):
+    """Batches of 4 images whose pixels and labels are the number of the batch."""
+    for batch in range(count):
+        yield Images(torch.full((4, 1, 6, 6), float(batch)), torch.full((4,), batch))
+
+
+SCHEDULE = Schedule(
+    batches=4, warmup_batches=2, pool_batches=2, steps_per_batch=3, batch_size=40, shift=1
+)
+
+
+def test_lessons_begin_after_the_warm_up_and_draw_from_the_latest_batches():
+    seen = [
+        (lesson.step, lesson.steps, set(lesson.labels.tolist()), len(lesson.pool.images))
+        for lesson in lessons(_batches(4), SCHEDULE, rng=torch.Generator().manual_seed(0))
+    ]
+    batches = [{0, 1}] * 3 + [{1, 2}] * 3 + [{2, 3}] * 3
+    assert seen == [(step, 9, batches[step], 8) for step in range(9)]
+
+
+def test_lessons_pair_images_with_their_labels_and_follow_the_seed():
+    def run(seed):
+        rng = torch.Generator().manual_seed(seed)
+        return list(lessons(_batches(4), SCHEDULE, rng=rng))
+
+    for lesson in run(0):
+        assert torch.equal(lesson.images[:, 0, 3, 3], lesson.labels.float())
+    labels = [torch.cat([lesson.labels for lesson in run(seed)]) for seed in (0, 0, 1)]
+    assert torch.equal(labels[0], labels[1])
+    assert not torch.equal(labels[0], labels[2])
+
+
+def test_batches_are_made_no_earlier_than_needed():
+    made = []
+
+    def batches():
+        for batch in _batches(4):
+            made.append(batch)
+            yield batch
+
+    first = next(lessons(batches(), SCHEDULE, rng=torch.Generator()))
+    assert first.step == 0
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"warmup_batches": 5}, "warmup_batches"),
+        ({"warmup_batches": 0}, "warmup_batches"),
+        ({"pool_batches": 0}, "pool_batches"),
+        ({"steps_per_batch": 0}, "steps_per_batch"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_a_schedule_without_lessons_is_refused(change, field):
+    with pytest.raises(InputError, match=field):
+        replace(SCHEDULE, **change)
