@@ -96,15 +96,17 @@ DFQ_HOST_DEVICE Words4 philox(uint64_t seed, uint64_t counter, uint64_t counter_
   uint32_t c = static_cast<uint32_t>(counter_high);
   uint32_t d = static_cast<uint32_t>(counter_high >> 32);
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  constexpr uint32_t kFirst = kPhiloxMultiplier[0], kSecond = kPhiloxMultiplier[1];
+  constexpr uint32_t kWeyl0 = kPhiloxWeyl[0], kWeyl1 = kPhiloxWeyl[1];
   for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(kPhiloxMultiplier[0]) * a;
-    const uint64_t second = static_cast<uint64_t>(kPhiloxMultiplier[1]) * c;
+    const uint64_t first = static_cast<uint64_t>(kFirst) * a;
+    const uint64_t second = static_cast<uint64_t>(kSecond) * c;
     a = static_cast<uint32_t>(second >> 32) ^ b ^ key0;
     b = static_cast<uint32_t>(second);
     c = static_cast<uint32_t>(first >> 32) ^ d ^ key1;
     d = static_cast<uint32_t>(first);
-    key0 += kPhiloxWeyl[0];
-    key1 += kPhiloxWeyl[1];
+    key0 += kWeyl0;
+    key1 += kWeyl1;
   }
   return {{a, b, c, d}};
 }

@@ -1,0 +1,42 @@
+// fake_quantize and its backward on the GPU: one pass over memory each, any layout.
+// The specification is dfq_kernels/fake_quantize.py; integers are equal to it, bit for bit.
+#include "fake_quantize.h"
+#include "fake_quantize_ops.h"
+
+namespace dfq {
+namespace {
+
+__global__ void __launch_bounds__(kFinishThreads)
+    finish(const FinishQuantizer gradients, const Blocks blocks, const Pair<double>* partials) {
+  finish_channel(gradients, blocks, partials, blockIdx.x);
+}
+
+}  // namespace
+
+Failure fake_quantize(Storage storage, const Layout& layout, const Quantizer& quantizer,
+                      const Drop& drop, void* y, void* stream) {
+  return with_storage(storage, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const FakeQuantize op{quantizer, y, drop.seed, drop.threshold};
+    return launch_walk<T>(op, layout, stream);
+  });
+}
+
+Failure fake_quantize_backward(Storage storage, const Layout& layout, const Quantizer& quantizer,
+                               const Drop& drop, void* dx, const QuantizerGradients& gradients,
+                               void* stream) {
+  const Failure failure = with_storage(storage, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const FakeQuantizeBackward op{quantizer, dx, drop.seed, drop.threshold, gradients.partials};
+    return launch_walk<T>(op, layout, stream);
+  });
+  if (failure || !gradients.needed()) {
+    return failure;
+  }
+  const Blocks& blocks = layout.blocks;
+  return launch(&finish, blocks.channels, finish_threads(blocks), stream,
+                FinishQuantizer{quantizer, gradients.scale, gradients.zero_point}, blocks,
+                static_cast<const Pair<double>*>(gradients.partials));
+}
+
+}  // namespace dfq

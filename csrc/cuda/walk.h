@@ -1,0 +1,234 @@
+// The way of threads through dense outputs: one pass over memory, vector by vector, with sums over
+// channels. What is done to an element is the op's. An op has
+//
+//   kInputs             1: x, or 2: x and a gradient
+//   kDrops              whether it uses QDrop: then it has `seed` and `threshold`
+//   Channel             what it must know about a channel
+//   channel(c)          that of channel c
+//   Sums                what a thread sums: NoSums, or as PlainSums
+//   element(channel, Element, Sums&)    the output; adds to the sums
+//   partial(sums, origin, n)    what a block writes of the sums of a channel's n elements
+//   out, partials       where to; null if nobody needs them
+#pragma once
+
+#include "core/arithmetic.h"
+#include "core/blocks.h"
+#include "launch.h"
+#include "sums.h"
+#include "vectors.h"
+
+namespace dfq {
+
+struct NoSums {
+  DFQ_DEVICE void start(float) {}
+};
+
+struct Element {
+  float x, grad;
+  bool stays;  // float: QDrop
+};
+
+// One thread in a block. kEach: each lane of a vector has a channel of its own.
+template <class T, bool kEach, class Op, class Source>
+class Walker {
+ public:
+  using Channel = typename Op::Channel;
+  using Sums = typename Op::Sums;
+  static constexpr int kVector = kLanes<T>;
+  static constexpr int kChannels = kEach ? kVector : 1;
+  static constexpr int kAhead = Source::kAhead;
+
+  DFQ_DEVICE Walker(const Op& op, const Source& source, const Blocks& blocks, const Place& at)
+      : op_(op), source_(source), base_(at.piece * blocks.size) {
+    const int64_t column = at.column + static_cast<int64_t>(threadIdx.x) * kVector;
+    int64_t position = at.begin + column;
+    if (static_cast<int>(threadIdx.x) >= blocks.threads || column >= blocks.width ||
+        position >= blocks.size) {
+      return;
+    }
+    Vectors next[kAhead + 1];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      fetch(next[i], i < at.steps, position + i * blocks.width, blocks.size);
+    }
+    load_channels(blocks, at, column);
+    DFQ_ROLLED
+    for (int step = 0; step < at.steps && position < blocks.size; ++step) {
+      fetch(next[kAhead], step + kAhead < at.steps, position + kAhead * blocks.width, blocks.size);
+      visit(next[0], position, blocks.size);
+      position += blocks.width;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        next[i] = next[i + 1];
+      }
+    }
+  }
+
+  // What it summed: of lane i, or of all lanes.
+  DFQ_DEVICE Sums sums(int i) const {
+    Sums sums = sums_[i];
+    sums.end(kEach ? visited_ + (i < part_) : visited_ * kVector + part_);
+    return sums;
+  }
+
+ private:
+  struct Vectors {
+    uint4 input[Op::kInputs];
+  };
+
+  DFQ_DEVICE void load_channels(const Blocks& blocks, const Place& at, int64_t column) {
+    int64_t run = quotient(column, blocks.run), within = column - run * blocks.run;
+    int64_t channel = blocks.channel(at, run);
+    channel_[0] = op_.channel(channel);
+#pragma unroll
+    for (int lane = 1; lane < kChannels; ++lane) {
+      channel_[lane] = channel_[lane - 1];
+      if (++within == blocks.run) {
+        within = 0;
+        ++run;
+        channel = channel + 1 == blocks.channels ? 0 : channel + 1;
+        channel_[lane] = op_.channel(channel);
+      }
+    }
+  }
+
+  // The vectors at a position, if it is wanted and there; at the end of a piece a part of them.
+  DFQ_DEVICE void fetch(Vectors& fetched, bool wanted, int64_t position, int64_t size) const {
+    if (!wanted || position >= size) {
+      return;
+    }
+    const int64_t at = base_ + position;
+#pragma unroll
+    for (int i = 0; i < Op::kInputs; ++i) {
+      fetched.input[i] = position + kVector <= size
+                             ? source_.template vector<T>(i, at)
+                             : source_.template part<T>(i, at, static_cast<int>(size - position));
+    }
+  }
+
+  DFQ_DEVICE void visit(const Vectors& vectors, int64_t position, int64_t size) {
+    float x[kVector], grad[kVector], out[kVector];
+    unpack<T>(vectors.input[0], x);
+    if constexpr (Op::kInputs == 2) {
+      unpack<T>(vectors.input[1], grad);
+    }
+    const int64_t at = base_ + position;
+    const bool whole = position + kVector <= size;
+    const int count = whole ? kVector : static_cast<int>(size - position);
+    if (visited_ == 0) {
+#pragma unroll
+      for (int lane = 0; lane < kChannels; ++lane) {
+        sums_[lane].start(x[lane]);
+      }
+    }
+    visit_elements(at, x, grad, out, count);
+    visited_ += whole;
+    part_ = whole ? 0 : count;
+    if (op_.out && whole) {
+      store_vector(static_cast<T*>(op_.out) + at, pack<T>(out));
+    } else if (op_.out) {
+      store_part(static_cast<T*>(op_.out) + at, pack<T>(out), count);
+    }
+  }
+
+  DFQ_DEVICE void visit_elements(int64_t at, const float (&x)[kVector],
+                                 const float (&grad)[kVector], float (&out)[kVector], int count) {
+    bool stays[kVector] = {};
+    if constexpr (Op::kDrops) {
+      if (op_.threshold > 0) {
+        draw(at, stays);
+      }
+    }
+#pragma unroll
+    for (int lane = 0; lane < kVector; ++lane) {
+      const Element element{x[lane], Op::kInputs == 2 ? grad[lane] : 0.0f, stays[lane]};
+      Sums& sums = sums_[kEach ? lane : 0];
+      const Sums before = sums;
+      out[lane] = op_.element(channel_[kEach ? lane : 0], element, sums);
+      if (lane >= count) {
+        sums = before;
+      }
+    }
+  }
+
+  // Which elements QDrop leaves as they are.
+  DFQ_DEVICE void draw(int64_t at, bool (&stays)[kVector]) const {
+    const uint64_t seed = static_cast<uint64_t>(*op_.seed);
+#pragma unroll
+    for (int lane = 0; lane < kVector; lane += 4) {
+      const Words4 words = philox(seed, static_cast<uint64_t>(at + lane) / 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        stays[lane + i] = dropped(words.word[i], op_.threshold);
+      }
+    }
+  }
+
+  const Op& op_;
+  const Source& source_;
+  const int64_t base_;
+  Channel channel_[kChannels];
+  Sums sums_[kChannels] = {};
+  int visited_ = 0, part_ = 0;  // whole vectors; elements of the last one if it is not whole
+};
+
+// A block of a tensor: the outputs, and of each channel what the block sums.
+template <class T, bool kEach, class Op, class Source>
+DFQ_DEVICE void walk_block(const Op& op, const Source& source, const Blocks& blocks,
+                           int64_t block) {
+  using Thread = Walker<T, kEach, Op, Source>;
+  const Place at = blocks.place(block);
+  const Thread thread(op, source, blocks, at);
+  if constexpr (!std::is_same_v<typename Op::Sums, NoSums>) {
+    if (!op.partials) {
+      return;
+    }
+    DFQ_SHARED(typename Op::Sums, columns, kMaxThreads * Thread::kChannels);
+#pragma unroll
+    for (int i = 0; i < Thread::kChannels; ++i) {
+      columns[threadIdx.x * Thread::kChannels + i] = thread.sums(i);
+    }
+    __syncthreads();
+    for_each_slot(blocks, at, kEach ? 1 : kLanes<T>, columns,
+                  [&](int slot, const Pair<double>& sums, float origin) {
+                    op.partials[block * blocks.most_slots() + slot] =
+                        op.partial(sums, origin, blocks.elements(at, slot));
+                  });
+  }
+}
+
+template <class T, bool kEach, class Op, class Source>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    walk(const Op op, const Source source, const Blocks blocks) {
+  walk_block<T, kEach>(op, source, blocks, blockIdx.x);
+}
+
+template <class T, class Op>
+Failure launch_walk(const Op& op, const Layout& layout, void* stream) {
+  const Blocks& blocks = layout.blocks;
+  const auto go = [&](auto kernel, const auto& source) {
+    return launch(kernel, blocks.count(), blocks.threads, stream, op, source, blocks);
+  };
+  if (!layout.dense) {
+    const Strided source{{layout.input[0], layout.input[1]}, layout.strides};
+    return go(&walk<T, true, Op, Strided>, source);
+  }
+  const Dense source{{layout.input[0], layout.input[1]}};
+  return layout.one_channel() ? go(&walk<T, false, Op, Dense>, source)
+                              : go(&walk<T, true, Op, Dense>, source);
+}
+
+// f(T*) with a null pointer of the storage type.
+template <class F>
+Failure with_storage(Storage storage, const F& f) {
+  switch (storage) {
+    case Storage::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case Storage::kHalf:
+      return f(static_cast<Half*>(nullptr));
+    default:
+      return f(static_cast<BFloat16*>(nullptr));
+  }
+}
+
+}  // namespace dfq
