@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import cuda_emulation
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,7 @@ def _force(name: str) -> Iterator[None]:
 BACKENDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "compiled": lambda: _force("compiled"),
     "triton": lambda: _force("triton"),
+    "cuda": cuda_emulation.use,
 }
 
 
