@@ -26,7 +26,11 @@ from dfq_kernels import _backend
 
 BATCH = 4 if TINY else 128
 DATA = DataSpec(shape=(3, 32, 32), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
-OPS = ("fake_quantize", "fake_quantize_backward", "batch_norm", "batch_norm_backward")
+OPS = tuple(
+    op + end
+    for op in ("fake_quantize", "fake_quantize_all", "batch_norm")
+    for end in ("", "_backward")
+)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("*.jsonl"), out / "log.txt"):
         stale.unlink(missing_ok=True)
-    os.environ |= {"DFQ_BENCH_COMMIT": flags.commit} if flags.commit else {}
-    found = machine() | {"dry_run": flags.dry_run}
+    given = {"commit": flags.commit, "dirty": None} if flags.commit else {}
+    found = machine() | given | {"dry_run": flags.dry_run}
     record.append(out / "stages.jsonl", found)
     write = functools.partial(_write, out, found)
-    results = _run_all(plan(out, dry_run=flags.dry_run), out, flags.minutes * 60, write)
+    stages = plan(out, dry_run=flags.dry_run, commit=flags.commit)
+    results = _run_all(stages, out, flags.minutes * 60, write)
     print(write(results))
     return 0 if all(result.ended in ("passed", "skipped") for result in results) else 1
 

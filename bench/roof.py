@@ -91,6 +91,7 @@ def main() -> int:
     for roof in measure():
         record.write(asdict(roof) | {"device": DEVICE})
         print(roof)
+    print("measured")
     return 0
 
 

@@ -72,9 +72,10 @@ class Result:
         return {"kind": "stage"} | asdict(self)
 
 
-def plan(out: Path, *, dry_run: bool) -> list[Stage]:
+def plan(out: Path, *, dry_run: bool, commit: str = "") -> list[Stage]:
     """Every stage, in order of importance: the time may not last for all."""
     env = DRY_RUN if dry_run else {"DFQ_BENCH_DEVICE": "cuda"}
+    env = {**env, "DFQ_BENCH_COMMIT": commit} if commit else env
     python = sys.executable
     build = ("-c", DRY_BUILD) if dry_run else ("-m", "dfq_kernels.build")
     return [
@@ -160,7 +161,7 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 def _tests(dry_run: bool, *arguments: str) -> tuple[str, ...]:
     files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/*/test_gpu*.py"))
-    together = ("-n", "8") if _has("xdist") and not (dry_run or arguments) else ()
+    together = ("-n", "6") if _has("xdist") and not (dry_run or arguments) else ()
     return _pytest("-m", "gpu", *together, *arguments, *files)
 
 
@@ -169,11 +170,12 @@ def _recorded(path: Path) -> dict[str, str]:
 
 
 def _sanitizer(tool: str, env: Mapping[str, str], *, dry_run: bool) -> Stage:
-    """NVIDIA's checker around the tests of small shapes; in a dry run those tests alone."""
-    tests = _tests(dry_run, "-k", "small_shapes")
+    """NVIDIA's checker around the tests of small shapes; a dry run only looks for those tests."""
     if dry_run:
-        again = "its tests are those of memcheck" if tool != "memcheck" else ""
+        again = "it finds the tests that memcheck finds" if tool != "memcheck" else ""
+        tests = _tests(dry_run, "-k", "small_shapes", "--collect-only")
         return Stage(tool, tests, 60, env, again, optional=True)
+    tests = _tests(dry_run, "-k", "small_shapes")
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     command = [program, "--tool", tool, "--target-processes", "application-only"]
     command += ["--error-exitcode", "99", *tests]

@@ -84,7 +84,7 @@ def test_same_bits_again(backend, op, layout):
     with _use(backend, op):
         tensors = _tensors(layout)
         first = _run(op, tensors)
-        for _ in range(3):
+        for _ in range(1 if DRY_RUN else 3):
             torch.testing.assert_close(_run(op, tensors), first, rtol=0, atol=0)
         if CUDA:
             stream = torch.cuda.Stream()
