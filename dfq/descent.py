@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -29,6 +29,19 @@ def anneal(optimizer: Optimizer, fraction: float, milestones: tuple[float, ...] 
         factor = 0.1 ** sum(fraction >= milestone for milestone in milestones)
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
+
+
+@contextmanager
+def held_still(model: nn.Module) -> Iterator[None]:
+    """Within, gradients pass through ``model`` but none is computed for its parameters."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

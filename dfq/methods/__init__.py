@@ -8,6 +8,7 @@ place, ``rng`` is a CPU generator.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from dfq.methods.ddaq import DDAQ_EFFORTS, DDAQConfig, ddaq
 from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
 from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq
 
@@ -20,8 +21,18 @@ class Method(NamedTuple):
 
 
 METHODS = {
+    "ddaq": Method(ddaq, DDAQ_EFFORTS),
     "dmkd": Method(dmkd, DMKD_EFFORTS),
     "gdfq": Method(gdfq, GDFQ_EFFORTS),
 }
 
-__all__ = ["METHODS", "DMKDConfig", "GDFQConfig", "Method", "dmkd", "gdfq"]
+__all__ = [
+    "METHODS",
+    "DDAQConfig",
+    "DMKDConfig",
+    "GDFQConfig",
+    "Method",
+    "ddaq",
+    "dmkd",
+    "gdfq",
+]

@@ -1,7 +1,8 @@
 """Train a generator against a teacher and hand out what it makes, batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -65,22 +66,27 @@ GDFQ_GENERATOR = GeneratorConfig(  # the authors' cifar100_resnet20.hocon and co
 )
 
 
+Criterion = Callable[[Images, Tensor, Tensor], Tensor]  # (images, logits, bn_mismatch) -> loss
+
+
 def generated_batches(
     teacher: nn.Module,
     data: DataSpec,
     config: GeneratorConfig,
     batches: int,
     *,
+    criterion: Criterion | None = None,
     rng: torch.Generator,
     report: Report = silent,
 ) -> Iterator[Images]:
     """Train a ``ConditionalGenerator`` on ``teacher`` and yield ``batches`` batches as it goes.
 
-    Minimizes ``class_weight * CE(teacher(x), y) + bn_weight * mean_l bn_mismatch_l`` over the
-    generator and, if ``latent_lr`` is set, the latents. ``teacher`` is frozen and in eval mode;
-    ``rng`` is a CPU generator, so that a seed means the same on every device.
+    Minimizes ``criterion`` over the generator and, if ``latent_lr`` is set, the latents; None is
+    GDFQ's, ``class_weight * CE(teacher(x), y) + bn_weight * mean_l bn_mismatch_l``. ``teacher`` is
+    frozen and in eval mode; ``rng`` is a CPU generator, so that a seed means the same everywhere.
     """
     device = next(teacher.parameters()).device
+    criterion = criterion or partial(gdfq_criterion, config)
     with seeded_layers(rng):
         generator = ConditionalGenerator(data, config.latent_dim, bn_eps=config.bn_eps).to(device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.999))
@@ -98,26 +104,33 @@ def generated_batches(
                     anneal(latent_optimizer, step / steps)
                 images = _render(generator, latents, labels, config.bfloat16)
                 logits = teacher(images)
-                class_loss = F.cross_entropy(logits, labels)
-                bn_loss = bn_mismatch(stats, config.bn_moment).mean()
-                loss = config.class_weight * class_loss + config.bn_weight * bn_loss
-                descend(loss, *optimizers)
+                mismatch = bn_mismatch(stats, config.bn_moment)
+                descend(criterion(Images(images, labels), logits, mismatch), *optimizers)
                 done += 1
                 hits = (logits.detach().argmax(1) == labels).float().mean()
-                report("synthesize", done, total, bn_loss=bn_loss.detach(), teacher_accuracy=hits)
+                bn_loss = mismatch.detach().mean()
+                report("synthesize", done, total, bn_loss=bn_loss, teacher_accuracy=hits)
         yield Images(images.detach(), labels)
+
+
+def gdfq_criterion(
+    config: GeneratorConfig, images: Images, logits: Tensor, mismatch: Tensor
+) -> Tensor:
+    """The teacher should recognize the images, and its BatchNorm layers should too."""
+    class_loss = F.cross_entropy(logits, images.labels)
+    return config.class_weight * class_loss + config.bn_weight * mismatch.mean()
 
 
 def _render(
     generator: ConditionalGenerator, latents: Tensor, labels: Tensor, bfloat16: bool
 ) -> Tensor:
     device = latents.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and _has_bfloat16(device)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16 and has_bfloat16(device)):
         images = generator(latents, labels)
     return images.float()
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
     """Whether ``device`` computes in bfloat16 rather than emulating it, which is slower."""
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
