@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 LARGEST_CODE = tl.constexpr(1048576.0)  # 2^20
+BEYOND_CODES = tl.constexpr(4194304.0)  # 2^22: further from 0 than any bound, and still rounded
 ROUNDING_SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23: no room for fraction bits
 
 
@@ -16,7 +17,7 @@ def clamp(value, low, high):
 
 @triton.jit
 def round_half_even(value):
-    """To the nearest integer, for \\|value\\| <= 2^22; -0 becomes 0."""
+    """To the nearest integer, for absolute values up to 2^22; -0 becomes 0."""
     return (value + ROUNDING_SHIFT) - ROUNDING_SHIFT
 
 
@@ -44,23 +45,26 @@ def fake_quantize_backward(grad, x, grid):
     """
     inverse, _, low, high = grid
     ratio = x * inverse
-    # one level further on each side tells what was clamped; NaN counts as clamped
-    rounded = round_half_even(clamp(ratio, low - 1.0, high + 1.0))
+    rounded = round_half_even(clamp(ratio, -BEYOND_CODES, BEYOND_CODES))
     steps = tl.minimum(tl.maximum(rounded, low), high)
-    inside = steps == rounded
+    inside = steps == rounded  # NaN counts as clamped
     return inside, grad * (steps - tl.where(inside, ratio, 0.0)), tl.where(inside, 0.0, grad)
 
 
 @triton.jit
 def four_words(seed, counter):
-    """Philox4x32-10 with key ``seed``: words 0 to 3 of each counter, both int64."""
-    low = counter.to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    none = tl.zeros_like(low)
-    return tl.philox(seed, low, high, none, none)
+    """Philox4x32-10 with key ``seed``: words 0 to 3 of each counter, all int64 in and uint32 out.
 
-
-@triton.jit
-def dropped(word, threshold):
-    """Whether an element with this word stays as it is."""
-    return (word >> 8).to(tl.int32) < threshold
+    As tl.philox, with one wide product where that takes the halves of it one by one.
+    """
+    key = seed.to(tl.uint64)
+    key_low, key_high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    a, b = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    c, d = tl.zeros_like(a), tl.zeros_like(a)
+    for _ in tl.static_range(10):
+        first, second = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a, b = (second >> 32).to(tl.uint32) ^ b ^ key_low, second.to(tl.uint32)
+        c, d = (first >> 32).to(tl.uint32) ^ d ^ key_high, first.to(tl.uint32)
+        key_low = tl.add(key_low, 0x9E3779B9, sanitize_overflow=False)
+        key_high = tl.add(key_high, 0xBB67AE85, sanitize_overflow=False)
+    return a, b, c, d

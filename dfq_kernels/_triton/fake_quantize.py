@@ -18,7 +18,7 @@ VECTOR_BYTES = 16  # that a thread loads at once,
 THREADS = 128  # the threads of a program,
 FORWARD_LOADS = 4  # and how often before it waits;
 BACKWARD_LOADS = 2  # here from each of grad and x
-LONGEST_ROW = 128  # of a tile that has channels in its columns: the rest is height
+ROW_BYTES = 128  # of a tile that has channels in its columns: high, so that it leaves few sums
 MOST_TILES = 8  # of a program: the terms of a gradient that one thread adds up
 ENOUGH_PROGRAMS = 2048  # to keep every GPU busy; only beyond it a program takes several tiles
 PARTS = 1024  # sums that a program of the second stage takes at a time
@@ -97,7 +97,7 @@ def tiling_of(layout: Layout, element_size: int, loads: int, most_tiles: int) ->
     """Cut ``layout``; a program takes up to ``most_tiles`` tiles of the same channels."""
     rows, columns, run = layout.rows, layout.columns, layout.run
     elements = THREADS * VECTOR_BYTES // element_size * loads
-    width = block(columns.count, LONGEST_ROW if run else elements)
+    width = block(columns.count, ROW_BYTES // element_size if run else elements)
     height = min(elements // width, triton.next_power_of_2(rows.count))
     down, across = triton.cdiv(rows.count, height), triton.cdiv(columns.count, width)
     line, lines = (down, across) if run else (across, down)
@@ -110,14 +110,23 @@ def tiling_of(layout: Layout, element_size: int, loads: int, most_tiles: int) ->
         "CONTIGUOUS": layout.contiguous,
         "WIDE": columns.extent >= 2**31 - 2**16,
         "VECTOR": vector,
-        "QUADS": rows.count == 1 or columns.count % 4 == 0,
+        "WORDS": _words(rows.count, columns.count, vector, VECTOR_BYTES // element_size),
         "ROWS": height,
         "COLUMNS": width,
     }
-    constants |= {"RUN": run} if run else {"FLAT": rows.count == 1}
+    if run:
+        constants["RUN"] = run
+    else:
+        constants |= {"FLAT": rows.count == 1, "REST": columns.count % vector != 0}
     parts = splits * (columns.count if run else rows.count) // layout.channels
     walk = *sides, columns.strides, tiles, splits
     return Tiling(splits * lines, parts, max(run, 1), walk, constants)
+
+
+def _words(rows: int, length: int, vector: int, in_16_bytes: int) -> int:
+    if rows > 1 and length % 4 != 0:
+        return 1
+    return in_16_bytes if rows == 1 or vector % in_16_bytes == 0 else 4
 
 
 def _parameters(
@@ -128,7 +137,9 @@ def _parameters(
 
 
 def _drop(drop: float, seed: Tensor | None) -> tuple[Tensor, int] | None:
-    return None if seed is None else (seed, int(drop * 2**24 + 0.5))
+    """The upper 24 bits of a word are below the threshold if the word is not above the second."""
+    threshold = int(drop * 2**24 + 0.5)
+    return (seed, 2**8 * threshold - 1) if threshold and seed is not None else None
 
 
 def _finish(sums: list[Tensor | None], scale: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,15 @@ program takes several tiles below one another, and makes the grid of its columns
 Arguments that belong together come as a tuple:
 
     parameters   scale, its stride, zero_point, its stride, channels, quant_min, quant_max
-    drop         seed, threshold; or None
-    walk         row count, row sizes, row strides, length of a row, column sizes, column strides
-                 (strides of each input), tiles of a program, programs in a line
+    drop         seed, the largest word with which an element stays as it is; or None
+    walk         row count, row sizes, row strides, whole vectors of a row, column sizes, column
+                 strides (strides of each input), tiles of a program, programs in a line
 
 Strides come in units of VECTOR elements, a constant that lets the compiler use wide loads. FLAT
-means one row: then all tiles but the last are loaded without a mask, so that any length is wide.
+means one row. Its length may be no multiple of VECTOR: then the last program also has a tile for
+the REST.
+WORDS is how many neighbours a thread holds, if the positions in memory at which tiles begin allow
+to draw so many words at once: 4 or 8, else 1.
 """
 
 import triton
@@ -44,52 +47,61 @@ def _column_grid(column, mask, parameters):
 
 
 @triton.jit
-def _stays(drop, row, first, QUADS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of a tile QDrop leaves alone; ``row`` [R, 1] is where the rows begin."""
-    if drop is None:
-        return None
-    seed, threshold = drop
-    key = tl.load(seed)
-    if QUADS:  # the tile begins with a whole counter: its four words go to four neighbours
-        counter = (row + first + 4 * tl.arange(0, COLUMNS // 4)[None, :]) >> 2
-        a, b, c, d = arithmetic.four_words(key, counter)
-        word = tl.join(tl.join(a, c), tl.join(b, d)).reshape(row.shape[0], COLUMNS)
+def _words(key, position, WORDS: tl.constexpr, SHAPE: tl.constexpr):
+    """A word for each element of a tile, from the positions of every WORDS-th: all of a thread."""
+    a, b, c, d = arithmetic.four_words(key, position >> 2)
+    if WORDS == 4:
+        word = tl.join(tl.join(a, c), tl.join(b, d))
     else:
+        e, f, g, h = arithmetic.four_words(key, (position >> 2) + 1)
+        even = tl.join(tl.join(a, e), tl.join(c, g))
+        word = tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))
+    return word.reshape(SHAPE)
+
+
+@triton.jit
+def _stays(drop, row, first, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of a tile QDrop leaves alone; ``row`` [R, 1] is where the rows begin."""
+    seed, largest = drop
+    key = tl.load(seed)
+    if WORDS == 1:
         position = row + first + tl.arange(0, COLUMNS)[None, :]
         a, b, c, d = arithmetic.four_words(key, position >> 2)
         even = tl.where((position & 2) == 0, a, c)
         odd = tl.where((position & 2) == 0, b, d)
         word = tl.where((position & 1) == 0, even, odd)
-    return arithmetic.dropped(word, threshold)
+    else:
+        every = WORDS * tl.arange(0, COLUMNS // WORDS)[None, :]
+        word = _words(key, row + first + every, WORDS, (row.shape[0], COLUMNS))
+    return word <= tl.cast(largest, tl.uint32)
 
 
 @triton.jit
-def _load(pointer, mask):
-    """As float32; 0 beyond the mask."""
-    value = tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=0.0)
-    return value.to(tl.float32)
+def _forward_tile(x, y, mask, grid, drop, row, first, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The tile at the columns from ``first`` on of rows that begin at ``row`` in memory."""
+    value = tl.load(x, mask=mask)
+    result = arithmetic.fake_quantize(value.to(tl.float32), grid).to(value.dtype)
+    if drop is not None:
+        result = tl.where(_stays(drop, row, first, WORDS, COLUMNS), value, result)
+    tl.store(y, result, mask=mask)
 
 
 @triton.jit
-def _forward_tile(x, y, mask, grid, stays):
-    value = _load(x, mask)
-    result = arithmetic.fake_quantize(value, grid)
-    if stays is not None:
-        result = tl.where(stays, value, result)
-    tl.store(y, result.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _backward_tile(grad, x, dx, mask, grid, stays):
-    """Stores dx, unless it is None; returns the terms for scale and zero_point."""
-    upstream, value = _load(grad, mask), _load(x, mask)
-    inside, for_scale, for_zero_point = arithmetic.fake_quantize_backward(upstream, value, grid)
-    if stays is not None:
+def _backward_tile(
+    grad, x, dx, mask, grid, drop, row, first, WORDS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """As forward; ``dx`` may be None. Returns the terms of the two sums."""
+    raw, value = tl.load(grad, mask=mask, other=0.0), tl.load(x, mask=mask, other=0.0)
+    inside, for_scale, for_zero_point = arithmetic.fake_quantize_backward(
+        raw.to(tl.float32), value.to(tl.float32), grid
+    )
+    if drop is not None:
+        stays = _stays(drop, row, first, WORDS, COLUMNS)
         inside = inside | stays
         for_scale = tl.where(stays, 0.0, for_scale)
         for_zero_point = tl.where(stays, 0.0, for_zero_point)
     if dx is not None:
-        tl.store(dx, tl.where(inside, upstream, 0.0).to(dx.dtype.element_ty), mask=mask)
+        tl.store(dx, tl.where(inside, raw, 0.0), mask=mask)
     return for_scale, for_zero_point
 
 
@@ -111,8 +123,8 @@ def _input(
 @triton.jit
 def rows_forward(
     x, y, parameters, drop, walk,
-    FLAT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
-    QUADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, column tile)."""
     rows, length, splits = walk[0], walk[3] * VECTOR, walk[7]
@@ -123,23 +135,22 @@ def rows_forward(
     first = (split.to(tl.int64) if WIDE else split) * COLUMNS
     grid = _row_grid(row, row < rows, parameters)
     row = row.to(tl.int64)[:, None]
-    stays = _stays(drop, row * length, first, QUADS, COLUMNS)
-    x = _input(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
     column = tl.arange(0, COLUMNS)[None, :]
-    y = (y + first) + row * length + column
-    whole = False
-    if FLAT:
-        whole = first + COLUMNS <= length
-    if whole:
-        _forward_tile(x, y, None, grid, stays)
-    else:
-        _forward_tile(x, y, (row < rows) & (first + column < length), grid, stays)
+    mask = (row < rows) & (first + column < length)
+    source = _input(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
+    target = (y + first) + row * length + column
+    _forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
+    if REST:
+        if split == splits - 1:
+            rest = length + tl.arange(0, VECTOR)[None, :]
+            mine = rest < walk[4][0]
+            _forward_tile(x + rest, y + rest, mine, grid, drop, row * 0, length, WORDS, VECTOR)
 
 
 @triton.jit
 def columns_forward(
     x, y, parameters, drop, walk,
-    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (split of the row tiles, column tile): its tiles below one another."""
@@ -152,18 +163,17 @@ def columns_forward(
     begin = (tl.program_id(0) // across).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
         row = (begin + tile * ROWS + tl.arange(0, ROWS))[:, None]
-        stays = _stays(drop, row * length, first, QUADS, COLUMNS)
         mask = (row < rows) & (column < length)[None, :]
         source = _input(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
         target = (y + first) + row * length + tl.arange(0, COLUMNS)[None, :]
-        _forward_tile(source, target, mask, grid, stays)
+        _forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
 
 
 @triton.jit
 def rows_backward(
     grad, x, dx, for_scale, for_zero_point, parameters, drop, walk,
-    FLAT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
-    QUADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, split of the column tiles): tiles next to one another, and their sums.
 
@@ -181,35 +191,43 @@ def rows_backward(
     zero_point_terms = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tiles):
         first = ((split.to(tl.int64) if WIDE else split) * tiles + tile) * COLUMNS
-        stays = _stays(drop, row * length, first, QUADS, COLUMNS)
         upstream = _input(grad, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
         source = _input(x, row, first, walk, 1, CONTIGUOUS, VECTOR, COLUMNS)
         target = None
         if dx is not None:
             target = (dx + first) + row * length + column
-        whole = False
-        if FLAT:
-            whole = first + COLUMNS <= length
-        if whole:
-            more = _backward_tile(upstream, source, target, None, grid, stays)
-        else:
-            mask = (row < rows) & (first + column < length)
-            more = _backward_tile(upstream, source, target, mask, grid, stays)
+        mask = (row < rows) & (first + column < length)
+        more = _backward_tile(
+            upstream, source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS
+        )
         scale_terms += more[0]
         zero_point_terms += more[1]
+    scale_sums = tl.sum(scale_terms, 1, keep_dims=True)
+    zero_point_sums = tl.sum(zero_point_terms, 1, keep_dims=True)
+    if REST:
+        if split == splits - 1:
+            rest = length + tl.arange(0, VECTOR)[None, :]
+            mine = rest < walk[4][0]
+            end = None
+            if dx is not None:
+                end = dx + rest
+            last = _backward_tile(
+                grad + rest, x + rest, end, mine, grid, drop, row * 0, length, WORDS, VECTOR
+            )
+            scale_sums += tl.sum(last[0], 1, keep_dims=True)
+            zero_point_sums += tl.sum(last[1], 1, keep_dims=True)
     channels = parameters[4]
     place = (row // channels * splits + split) * channels + row % channels
     if for_scale is not None:
-        tl.store(for_scale + place, tl.sum(scale_terms, 1, keep_dims=True), mask=row < rows)
+        tl.store(for_scale + place, scale_sums, mask=row < rows)
     if for_zero_point is not None:
-        sums = tl.sum(zero_point_terms, 1, keep_dims=True)
-        tl.store(for_zero_point + place, sums, mask=row < rows)
+        tl.store(for_zero_point + place, zero_point_sums, mask=row < rows)
 
 
 @triton.jit
 def columns_backward(
     grad, x, dx, for_scale, for_zero_point, parameters, drop, walk,
-    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, QUADS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (split of the row tiles, column tile), as forward; sums go to [split, column]."""
@@ -224,14 +242,15 @@ def columns_backward(
     zero_point_terms = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tiles):
         row = ((split * tiles + tile) * ROWS + tl.arange(0, ROWS))[:, None]
-        stays = _stays(drop, row * length, first, QUADS, COLUMNS)
         upstream = _input(grad, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
         source = _input(x, row, first, walk, 1, CONTIGUOUS, VECTOR, COLUMNS)
         target = None
         if dx is not None:
             target = (dx + first) + row * length + tl.arange(0, COLUMNS)[None, :]
         mask = (row < rows) & (column < length)[None, :]
-        more = _backward_tile(upstream, source, target, mask, grid, stays)
+        more = _backward_tile(
+            upstream, source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS
+        )
         scale_terms += more[0]
         zero_point_terms += more[1]
     place = split * length + column

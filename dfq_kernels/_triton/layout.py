@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 16  # a hint beyond this many elements changes no code
 VECTOR = 8  # elements: 16 bytes, or 32
 ENOUGH_ROWS = 16  # for a program to compute the grid of each column
 
@@ -54,11 +53,13 @@ class Layout:
 
     @property
     def vector(self) -> int:
-        """Divides the length of a row and the way to the next, if its columns are neighbours."""
+        """What rows are loaded in; divides the way to the next one, if columns are neighbours."""
         if not self.contiguous:
             return 1
+        if self.rows.count == 1 and not self.run:
+            return VECTOR  # the few columns that remain are a tile of their own
         steps = [step for strides in self.rows.strides for step in strides]
-        return math.gcd(WIDEST, self.columns.count, *steps)
+        return math.gcd(VECTOR, self.columns.count, *steps)
 
 
 def layout_of(output: Tensor, inputs: tuple[Tensor, ...], axis: int | None) -> Layout:
