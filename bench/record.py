@@ -39,10 +39,14 @@ def append(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of every ``.jsonl`` in ``folder`` and below, file by file in order of name."""
+    """Every line of every ``.jsonl`` in ``folder`` and below, file by file in order of name.
+
+    A last line without its end, of a process that was killed, is left out.
+    """
     for path in sorted(folder.rglob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
 
 
 @functools.cache

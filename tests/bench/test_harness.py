@@ -1,12 +1,14 @@
 """The harness: the gate before the clock, what a row holds, what is written."""
 
 import json
+import sys
+import types
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from bench import harness, record, roof, timing
+from bench import conftest, harness, record, roof, timing
 from bench.harness import Baseline, Case
 from bench.row import Row
 from bench.timing import Timing
@@ -175,6 +177,34 @@ def test_a_baseline_that_does_not_run_on_the_gpu_costs_only_itself(monkeypatch, 
     times = harness._time(_case(baselines={"ATen": Baseline(int)}), ["compiled"])
     assert times == {"compiled": TIMES["compiled"]}
     assert "no time of ATen: not implemented for 'Half'" in capsys.readouterr().out
+
+
+def test_times_on_a_gpu_are_those_of_do_bench(monkeypatch):
+    def do_bench(run, quantiles):
+        return [{0.2: 1.0, 0.5: run(), 0.8: 3.0}[quantile] for quantile in quantiles]  # ms
+
+    testing = types.SimpleNamespace(do_bench=do_bench)
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(testing=testing))
+    monkeypatch.setitem(sys.modules, "triton.testing", testing)
+    assert timing.on_gpu(timing.Subject(lambda: 2.0)) == Timing(0.002, 0.001, 0.003)
+    monkeypatch.setitem(sys.modules, "triton.testing", None)
+    with pytest.raises(RuntimeError, match="takes triton; install triton"):
+        timing.on_gpu(timing.Subject(int))
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [("gpu", "must be cpu or cuda"), ("cuda", "finds no")]
+)
+def test_a_device_that_is_not_there(monkeypatch, device, reason):
+    monkeypatch.setattr(conftest, "DEVICE", device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(pytest.UsageError, match=reason):
+        conftest.pytest_configure(None)
+
+
+def test_half_a_line_is_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": ')
+    assert list(record.read(tmp_path)) == [{"a": 1}]
 
 
 def test_quantiles():
