@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from dfq.prepare.frozen import Frozen, evaluating
-from dfq.prepare.layers import QConv2d, QLinear, QReLU
+from dfq.prepare.frozen import Frozen
+from dfq.prepare.layers import QReLU
+from dfq.prepare.trace import trace
 
 
 class FusedReLU(nn.ReLU):
@@ -21,43 +22,28 @@ class FusedReLU(nn.ReLU):
 def fuse_relus(student: nn.Module) -> None:
     """Let each BatchNorm whose output goes to a ReLU module, and nowhere else, apply it.
 
-    Where outputs go is read off the traced graph, in training and in eval mode. A model that
-    cannot be traced stays as it is, which costs time and nothing else.
+    A model whose graph cannot be told stays as it is, which costs time and nothing else.
     """
-    found = [_norms_before_relus(student, training) for training in (True, False)]
-    for name in found[0] & found[1]:
+    for name in _norms_before_relus(student):
         student.get_submodule(name).rectifies = True  # type: ignore[assignment]
     for module in student.modules():
         if type(module) is nn.ReLU:
             module.__class__ = FusedReLU
 
 
-def _norms_before_relus(student: nn.Module, training: bool) -> set[str]:
+def _norms_before_relus(student: nn.Module) -> list[str]:
     """Names of the BatchNorms every call of which feeds one ReLU module alone."""
-    with evaluating(student):
-        student.train(training)
-        try:
-            graph = _Tracer().trace(student)
-        except Exception:  # a foreign forward may do anything that a tracer cannot follow
-            return set()
+    graph = trace(student)
     modules = dict(student.named_modules())
     feeds: dict[Any, list[bool]] = {}
-    for node in graph.nodes:
+    for node in graph.nodes if graph else ():
         norm = modules.get(node.target) if node.op == "call_module" else None
         if isinstance(norm, Frozen) and norm.fuses:
             users = [modules.get(user.target) for user in node.users if user.op == "call_module"]
             alone = len(node.users) == len(users) == 1
             feeds.setdefault(node.target, []).append(alone and _is_relu(users[0]))
-    return {name for name, each in feeds.items() if all(each)}
+    return [name for name, each in feeds.items() if all(each)]
 
 
 def _is_relu(module: nn.Module | None) -> bool:
     return type(module) is nn.ReLU or (isinstance(module, QReLU) and module.maximum is None)
-
-
-class _Tracer(fx.Tracer):
-    """Goes into containers, not into layers."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = isinstance(m, Frozen | QConv2d | QLinear | QReLU)
-        return ours or super().is_leaf_module(m, module_qualified_name)

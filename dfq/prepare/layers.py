@@ -178,7 +178,7 @@ class QReLU(nn.Module):
     ) -> None:
         super().__init__()
         self.maximum, self.inplace = maximum, inplace
-        self.quantizer = _per_tensor_quantizer(spec, scales, device)
+        self.quantizer = per_tensor_quantizer(spec, scales, device)
 
     @classmethod
     def from_float(
@@ -216,10 +216,11 @@ def _weight_quantizer(weight: Tensor, spec: QuantSpec, scales: str) -> Quantizer
 
 
 def _input_quantizer(weight: Tensor, spec: QuantSpec | None, scales: str) -> Quantizer | None:
-    return None if spec is None else _per_tensor_quantizer(spec, scales, weight.device)
+    return None if spec is None else per_tensor_quantizer(spec, scales, weight.device)
 
 
-def _per_tensor_quantizer(spec: QuantSpec, scales: str, device: Device) -> Quantizer:
+def per_tensor_quantizer(spec: QuantSpec, scales: str, device: Device) -> Quantizer:
+    """The quantizer of an activation; ``scales`` is "learned" or "minmax"."""
     if spec.axis is not None:
         raise InputError(f"activations have one scale a tensor, got axis={spec.axis}; use None.")
     return Quantizer(spec, mode=_mode(scales, minmax="ema"), device=device)
