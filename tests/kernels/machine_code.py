@@ -1,7 +1,10 @@
 """Triton kernels compiled ahead of time for GPUs that are not here, and what their code shows.
 
-``figures(cases)`` compiles every case for every architecture in one process, because kernels that
-were imported for the interpreter cannot be compiled. Ptxas and the disassembler are Triton's own.
+A case calls an op with tensors on the meta device: what it launches is specialized by Triton as on
+a GPU, compiled by Triton's own ptxas, disassembled, and counted. Each family of kernels lists its
+cases in a module machine_code_<family>.py; test_machine_code.py holds them to their budgets.
+
+All are compiled in one process of their own: this one imported the kernels for the interpreter.
 """
 
 from __future__ import annotations
@@ -14,102 +17,124 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-ARCHITECTURES = (80, 86, 89, 90)
-ROUNDING = "12582912"  # 1.5 * 2^23: added to round, never in a fused multiply-add
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+EVERY_ARCHITECTURE = (80, 86, 89, 90)
+ROUNDING = "12582912"  # 1.5 * 2^23: added to round, and never in a fused multiply-add
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the code of one kernel may cost. Nothing may be spilled, no rounding contracted.
+
+    ``instructions``, and what is counted among them, are those of one pass of the longest innermost
+    loop, or of the whole kernel if it has none.
+    """
+
+    registers: int
+    instructions: int
+    loads: int  # exactly so many of 16 bytes
+    stores: int  # exactly so many of 16 bytes
+    narrow: int | None = None  # loads and stores of less, at most; None is any number
+    rounded: int = 0  # in the whole kernel at least so many additions of the rounding constant
+    fused: int | None = 0  # multiply-adds, at most; None is any number
+    shared: int = 0  # loads and stores of shared memory, at most
 
 
 @dataclass(frozen=True)
 class Case:
-    """One specialization of a kernel, and what its machine code may cost at most.
-
-    ``arguments`` gives each argument in order its Triton type ("*fp32", "i32"), "aligned" behind it
-    if it is a multiple of 16; a constant as ``{"constant": value}``; a tuple as a list of those.
-    The wide counts are 16-byte instructions; ``instructions`` counts one pass of the longest
-    innermost loop, or the whole kernel if it has none.
-    """
+    """A call on the meta device, and a budget for each kernel of interest that it launches."""
 
     name: str
-    module: str
-    kernel: str
-    arguments: Mapping[str, Any]
-    num_warps: int
-    registers: int
-    instructions: int
-    wide_loads: int
-    wide_stores: int
-    rounded: int = 0  # elements that a thread rounds
-    fused: int = 0  # multiply-adds that may be: those of a correctly rounded division
-    shared: int = 0  # loads and stores of shared memory in the counted instructions
+    call: Callable[[], object]
+    budgets: Mapping[str, Budget]
+    architectures: tuple[int, ...] = (80, 90)  # the code for 86 and 89 hardly differs from 80's
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What the machine code of a case has."""
+    """What the machine code of a kernel has."""
 
     registers: int
-    stack: int
+    stack: int  # bytes, as local
     local: int
-    total: int
-    loop: int  # instructions of the longest innermost loop, 0 without one
-    opcodes: dict[str, int] = field(default_factory=dict)
-    loop_opcodes: dict[str, int] = field(default_factory=dict)
-    added: int = 0  # FADDs of the rounding constant
-    contracted: int = 0  # FFMAs with it
+    total: int  # instructions
+    loop: int  # those of the longest innermost loop; 0 without one
+    counted: dict[str, int]  # by opcode: of the loop, or of the kernel if it has none
+    rounding: dict[str, int]  # by opcode: what adds the rounding constant
 
-    def count(self, pattern: str, *, loop: bool = False) -> int:
-        """Instructions whose whole opcode matches, in all code or in the loop (if there is one)."""
-        opcodes = self.loop_opcodes if loop and self.loop else self.opcodes
-        return sum(n for opcode, n in opcodes.items() if re.fullmatch(pattern, opcode))
+    @property
+    def instructions(self) -> int:
+        return self.loop or self.total
+
+    def count(self, pattern: str) -> int:
+        """Counted instructions whose whole opcode matches."""
+        return sum(n for opcode, n in self.counted.items() if re.fullmatch(pattern, opcode))
 
 
-def figures(cases: Iterable[Case]) -> dict[tuple[str, int], Figures]:
-    """Figures by name of the case and architecture."""
+def families() -> list[str]:
+    """The modules with cases."""
+    return sorted(path.stem for path in HERE.glob("machine_code_*.py"))
+
+
+def figures(families: Iterable[str]) -> dict[tuple[str, str, int], Figures]:
+    """By name of the case, name of the kernel, and architecture."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps([asdict(case) for case in cases]),
-        env={**environment, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
-        capture_output=True,
-        text=True,
+        [sys.executable, __file__, *families], env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise RuntimeError(f"a kernel does not compile:\n{done.stderr[-4000:]}")
     lines = (json.loads(line) for line in done.stdout.splitlines())
-    return {(name, architecture): Figures(**found) for name, architecture, found in lines}
+    return {(case, kernel, sm): Figures(**found) for case, kernel, sm, found in lines}
 
 
-def _compile(case: Mapping[str, Any], architecture: int) -> bytes:
-    import triton
+def _main(families: list[str]) -> None:
+    sys.path.insert(0, str(HERE))
+    compiled = _compile_instead_of_launching()
+    for family in families:
+        for case in importlib.import_module(family).CASES:
+            for architecture in case.architectures:
+                compiled.clear()
+                _pretend_to_have(architecture)
+                case.call()
+                for kernel, cubin in compiled.items():
+                    if kernel in case.budgets:
+                        print(json.dumps([case.name, kernel, architecture, asdict(_read(cubin))]))
+
+
+def _compile_instead_of_launching() -> dict[str, bytes]:
+    """What the kernels that run from now on become, by name."""
+    from triton.runtime.jit import JITFunction
+
+    compiled, run = {}, JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled[self.fn.__name__] = kernel.asm["cubin"]
+
+    JITFunction.run = compile_only
+    return compiled
+
+
+def _pretend_to_have(architecture: int) -> None:
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
-    kernel = getattr(importlib.import_module(case["module"]), case["kernel"])
-    signature, constants, attributes = {}, {}, {}
-    if list(case["arguments"]) != kernel.arg_names:
-        raise ValueError(f"{case['name']}: {case['kernel']} takes {kernel.arg_names}")
-
-    def of(argument: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(argument, list):
-            return tuple(of(part, (*path, i)) for i, part in enumerate(argument))
-        if isinstance(argument, dict):
-            constants[path] = argument["constant"]
-            return "constexpr"
-        kind, _, aligned = argument.partition(" ")
-        if aligned:
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind
-
-    for index, (name, argument) in enumerate(case["arguments"].items()):
-        signature[name] = of(argument, (index,))
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": case["num_warps"], "enable_fp_fusion": False}
-    return triton.compile(source, GPUTarget("cuda", architecture, 32), options).asm["cubin"]
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: architecture,  # Triton keeps kernels by device
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", architecture, 32),
+        )
+    )
 
 
 def _read(cubin: bytes) -> Figures:
@@ -122,46 +147,38 @@ def _read(cubin: bytes) -> Figures:
         command = [tool, "--dump-sass", "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", text, re.M)
-    code = [(int(address, 16), opcode, rest) for address, opcode, rest in code if opcode != "NOP"]
+    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", re.M)
+    code = [(int(at, 16), opcode, rest) for at, opcode, rest in line.findall(text)]
+    code = [line for line in code if line[1] != "NOP"]
     loop = _longest_innermost_loop(code)
-    with_constant = [
-        opcode for _, opcode, rest in code if ROUNDING in rest and "-" + ROUNDING not in rest
-    ]
     return Figures(
         registers=usage["REG"],
         stack=usage["STACK"],
         local=usage["LOCAL"],
         total=len(code),
         loop=len(loop),
-        opcodes=dict(Counter(opcode for _, opcode, _ in code)),
-        loop_opcodes=dict(Counter(opcode for _, opcode, _ in loop)),
-        added=sum(opcode.startswith("FADD") for opcode in with_constant),
-        contracted=sum(opcode.startswith("FFMA") for opcode in with_constant),
+        counted=dict(Counter(opcode for _, opcode, _ in loop or code)),
+        rounding=dict(
+            Counter(opcode for _, opcode, rest in code if re.search(rf" {ROUNDING}\b", rest))
+        ),
     )
 
 
 def _longest_innermost_loop(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """Between a branch back and its target; what waits forever behind the last EXIT is none."""
-    ranges = []
+    """From the target of a branch back to the branch."""
+    ranges = set()
     for address, opcode, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest) if opcode.startswith("BRA") else None
         if target and int(target[1], 16) < address:
-            ranges.append((int(target[1], 16), address))
-    bodies = [
-        [line for line in code if first <= line[0] <= last]
+            ranges.add((int(target[1], 16), address))
+    innermost = (
+        (first, last)
         for first, last in ranges
-        if not any((first, last) != r and first <= r[0] and r[1] <= last for r in ranges)
-    ]
+        if not any(first <= a and b <= last for a, b in ranges - {(first, last)})
+    )
+    bodies = ([line for line in code if first <= line[0] <= last] for first, last in innermost)
     return max(bodies, key=len, default=[])
 
 
-def _main() -> None:
-    for case in json.load(sys.stdin):
-        for architecture in ARCHITECTURES:
-            found = _read(_compile(case, architecture))
-            print(json.dumps([case["name"], architecture, asdict(found)]))
-
-
 if __name__ == "__main__":
-    _main()
+    _main(sys.argv[1:])
