@@ -160,7 +160,9 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 
 def _tests(dry_run: bool, *arguments: str) -> tuple[str, ...]:
-    files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/*/test_gpu*.py"))
+    files = sorted(
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/kernels/test_gpu*.py")
+    )
     together = ("-n", "6") if _has("xdist") and not (dry_run or arguments) else ()
     return _pytest("-m", "gpu", *together, *arguments, *files)
 
