@@ -25,3 +25,15 @@ def bn_mismatch(stats: BNStatistics, moment: Literal["std", "var"] = "std") -> T
             spread, batch_spread = (var + _EPS).sqrt(), (batch_var + _EPS).sqrt()
         terms.append((batch_mean - mean).square().mean() + (batch_spread - spread).square().mean())
     return torch.stack(terms)
+
+
+def image_mismatch(images: Tensor, mean: float, std: float) -> Tensor:
+    """Squared distance of each image's pixels to the data's mean and deviation; [B, C, ...] -> [B].
+
+    ``mean_c (m_nc - m)^2 + mean_c (s_nc - s)^2`` over the channels c of image n, in units of the
+    data's deviation: GENIE's pull of every single image towards normalized data.
+    """
+    var, means = torch.var_mean(images.flatten(2), dim=2)  # [B, C]
+    gap = (means - mean) / std
+    spread = (var + _EPS).sqrt() / std - 1
+    return (gap.square() + spread.square()).mean(1)
