@@ -41,7 +41,15 @@ def range_to_scale(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     return scale, zero_point.clamp(spec.quant_min, spec.quant_max)
 
 
-def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+def to_grid(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    spec: QuantSpec,
+    *,
+    drop: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
     """The value of the grid nearest to each ``x``; same shape and dtype, LSQ gradients.
 
     Args:
@@ -49,11 +57,14 @@ def to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Te
         scale: [1] or [C], float32, positive.
         zero_point: same shape, float32 holding integers.
         spec: the grid.
+        drop: with this probability an element stays as it is (``dfq_kernels.fake_quantize``).
+        seed: [], int64, which elements.
     """
+    bounds = (spec.quant_min, spec.quant_max, spec.axis, drop, seed)
     if spec.midrise:
         half = 0.5 * align(scale, x, spec)  # levels (code + 1/2) * scale: shift there and back
-        return (_fake_quantize(x - half, scale, zero_point, spec) + half).to(x.dtype)
-    return _fake_quantize(x, scale, zero_point, spec)
+        return (fake_quantize(x - half, scale, zero_point, *bounds) + half).to(x.dtype)
+    return fake_quantize(x, scale, zero_point, *bounds)
 
 
 def to_codes(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -74,7 +85,3 @@ def align(parameter: Tensor, x: Tensor, spec: QuantSpec) -> Tensor:
     shape = [1] * x.ndim
     shape[spec.axis] = -1
     return parameter.reshape(shape)
-
-
-def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    return fake_quantize(x, scale, zero_point, spec.quant_min, spec.quant_max, axis=spec.axis)

@@ -32,7 +32,9 @@ class Quantizer(nn.Module):
     the optimizer does, and a step of Adam changes small and large scales by the same ratio. The
     state_dict holds ``scale`` itself, in float64, from which the logarithm comes back bit for bit.
 
-    ``bypass`` lets tensors through as they are. A cast of the module leaves it float32.
+    ``bypass`` lets tensors through as they are; ``drop`` does so with single elements, at that
+    probability and at random from ``seed`` (QDrop, ``dropping``). A cast of the module leaves it
+    float32.
 
     Args:
         spec: the grid.
@@ -62,6 +64,8 @@ class Quantizer(nn.Module):
             raise InputError(f"a grid without axis has one scale, got channels={channels}.")
         self.spec, self.mode = spec, mode
         self.bypass = self.observing = False
+        self.drop = 0.0
+        self.seed: Tensor | None = None
         self.has_scale = mode == "dynamic"
         if mode == "dynamic":
             return
@@ -83,9 +87,9 @@ class Quantizer(nn.Module):
         if self.mode == "learned":
             scale, zero_point = self.qparams(x)
             scale = _ScaleGradient.apply(scale, self.gradient_factor(x))
-            return to_grid(x, scale, zero_point, self.spec)
+            return to_grid(x, scale, zero_point, self.spec, drop=self.drop, seed=self.seed)
         with torch.no_grad():
-            values = to_grid(x, *self.qparams(x), self.spec)
+            values = to_grid(x, *self.qparams(x), self.spec, drop=self.drop, seed=self.seed)
         return _StraightThrough.apply(x, values)
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
