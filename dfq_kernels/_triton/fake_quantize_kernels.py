@@ -140,7 +140,7 @@ def rows_forward(
     source = _input(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
     target = (y + first) + row * length + column
     _forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
-    if REST:
+    if REST:  # a constant  # noqa: SIM102
         if split == splits - 1:
             rest = length + tl.arange(0, VECTOR)[None, :]
             mine = rest < walk[4][0]
@@ -204,7 +204,7 @@ def rows_backward(
         zero_point_terms += more[1]
     scale_sums = tl.sum(scale_terms, 1, keep_dims=True)
     zero_point_sums = tl.sum(zero_point_terms, 1, keep_dims=True)
-    if REST:
+    if REST:  # a constant  # noqa: SIM102
         if split == splits - 1:
             rest = length + tl.arange(0, VECTOR)[None, :]
             mine = rest < walk[4][0]
