@@ -22,3 +22,11 @@ def multi_teacher_divergence(
     """``kd_divergence`` from every teacher; [B, teachers]."""
     columns = [kd_divergence(student_logits, logits, temperature) for logits in teacher_logits]
     return torch.stack(columns, dim=1)
+
+
+def reconstruction_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over channels, averaged over positions; [B, C, ...] twice -> [B].
+
+    What a block is reconstructed by (BRECQ, arXiv:2102.05426).
+    """
+    return (output - target).square().sum(1).reshape(len(output), -1).mean(1)
