@@ -33,7 +33,6 @@ struct TableRoom {
 // Fills mean and var, and y if it is there.
 void forward(const Tensor& x, const std::optional<Tensor>& y, const BatchNormArguments& arguments,
              bool relu, Tensor& mean, Tensor& var) {
-  const Storage storage = storage_of(x);
   if (x.numel() == 0) {
     torch::stable::fill_(mean, NAN);
     torch::stable::fill_(var, NAN);
@@ -49,7 +48,7 @@ void forward(const Tensor& x, const std::optional<Tensor>& y, const BatchNormArg
                                  floats_of(var),
                                  table.get(x),
                                  partials.get()};
-  check(batch_norm(storage, layout, arguments, results, stream));
+  check(batch_norm(layout, arguments, results, stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_cuda(const Tensor& x, const Tensor& running_mean,
@@ -79,7 +78,6 @@ std::tuple<Tensor, Tensor> batch_norm_statistics_cuda(const Tensor& x, const Ten
 void backward(const Tensor& x, const Tensor& dx, const OptionalTensor& grad_y,
               const BatchNormArguments& arguments, bool relu, Tensor& grad_weight,
               Tensor& grad_bias) {
-  const Storage storage = storage_of(x);
   const bool learns = grad_weight.numel() > 0;
   if (x.numel() == 0) {
     torch::stable::zero_(grad_weight);
@@ -99,7 +97,7 @@ void backward(const Tensor& x, const Tensor& dx, const OptionalTensor& grad_y,
   results.grad_bias = floats_of(grad_bias);
   results.table = table.get(x);
   results.partials = learns ? partials.get() : nullptr;
-  check(batch_norm_backward(storage, layout, arguments, results, stream));
+  check(batch_norm_backward(layout, arguments, results, stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_backward_cuda(

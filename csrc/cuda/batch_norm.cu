@@ -45,7 +45,7 @@ Failure launch_finish(const Finish& of, const Blocks& blocks, const Pair<double>
 
 }  // namespace
 
-Failure batch_norm(Storage storage, const Layout& layout, const BatchNormArguments& arguments,
+Failure batch_norm(const Layout& layout, const BatchNormArguments& arguments,
                    const BatchNormForward& forward, void* stream) {
   Failure failure = forward.y ? launch_table(forward.table, arguments, stream) : nullptr;
   if (failure) {
@@ -53,10 +53,7 @@ Failure batch_norm(Storage storage, const Layout& layout, const BatchNormArgumen
   }
   const NormalizeElement op{forward.table, forward.y, forward.relu ? 0.0f : -INFINITY,
                             forward.partials};
-  failure = with_storage(storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return launch_walk<T>(op, layout, stream);
-  });
+  failure = launch_walk(op, layout, stream);
   if (failure) {
     return failure;
   }
@@ -64,9 +61,8 @@ Failure batch_norm(Storage storage, const Layout& layout, const BatchNormArgumen
   return launch_finish(statistics, layout.blocks, forward.partials, stream);
 }
 
-Failure batch_norm_backward(Storage storage, const Layout& layout,
-                            const BatchNormArguments& arguments, const BatchNormBackward& backward,
-                            void* stream) {
+Failure batch_norm_backward(const Layout& layout, const BatchNormArguments& arguments,
+                            const BatchNormBackward& backward, void* stream) {
   Failure failure = launch_table(backward.table, arguments, stream);
   if (failure) {
     return failure;
@@ -74,10 +70,7 @@ Failure batch_norm_backward(Storage storage, const Layout& layout,
   const NormalizeElementBackward op{backward.table,          backward.dx,
                                     backward.relu,           backward.has_grad,
                                     backward.has_statistics, backward.partials};
-  failure = with_storage(storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return launch_walk<T>(op, layout, stream);
-  });
+  failure = launch_walk(op, layout, stream);
   if (failure || !backward.partials) {
     return failure;
   }

@@ -50,12 +50,11 @@ struct BatchNormBackward {
   Pair<double>* partials;
 };
 
-Failure batch_norm(Storage storage, const Layout& layout, const BatchNormArguments& arguments,
+Failure batch_norm(const Layout& layout, const BatchNormArguments& arguments,
                    const BatchNormForward& forward, void* stream);
 
 // x is input 0 of the layout and the gradient of y input 1; without one anything may stand there.
-Failure batch_norm_backward(Storage storage, const Layout& layout,
-                            const BatchNormArguments& arguments, const BatchNormBackward& backward,
-                            void* stream);
+Failure batch_norm_backward(const Layout& layout, const BatchNormArguments& arguments,
+                            const BatchNormBackward& backward, void* stream);
 
 }  // namespace dfq

@@ -6,8 +6,9 @@
 
 namespace dfq {
 
-// The deviations of some x from the first of them: small, whatever the mean of the channel is and
-// whoever guesses it. Then those of all threads' x from the mean of the first ones.
+// The deviations of some x from the first of them, or the mean of the first vector: small, whatever
+// the mean of the channel is and whoever guesses it. Then those of all threads' x from the mean of
+// the first ones.
 struct Moments {
   float first, sum, squares, count;
 
@@ -15,7 +16,7 @@ struct Moments {
   DFQ_DEVICE void add(float x) {
     const float deviation = x - first;
     sum += deviation;
-    squares += deviation * deviation;
+    squares = fmaf(deviation, deviation, squares);
   }
   DFQ_DEVICE void end(int n) { count = static_cast<float>(n); }
 
@@ -34,11 +35,11 @@ struct Moments {
     sums = sum_over_lanes(sums, group);
     return sums.second > 0 ? reference + sums.first / sums.second : reference;
   }
-  DFQ_DEVICE Pair<float> terms(float origin) const {
+  DFQ_DEVICE Pair<double> terms(float origin) const {
     if (count == 0) {
       return {0, 0};
     }
-    const float shift = first - origin;
+    const double shift = static_cast<double>(first) - origin;
     return {sum + count * shift, squares + shift * (2 * sum + count * shift)};
   }
 };

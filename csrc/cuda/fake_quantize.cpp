@@ -21,11 +21,10 @@ Tensor fake_quantize_cuda(const Tensor& x, const Tensor& scale, const Tensor& ze
                           int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
                           double drop, OptionalTensor seed) {
   const auto quantizer = quantizer_of(x, scale, zero_point, quant_min, quant_max, axis);
-  const Storage storage = storage_of(x);
   const Tensor y = torch::stable::empty_like(x);
   if (x.numel() > 0) {
     const Stream stream(x);
-    check(fake_quantize(storage, layout_of(y, x, x, axis), quantizer, drop_of(x, drop, seed),
+    check(fake_quantize(layout_of(y, x, x, axis), quantizer, drop_of(x, drop, seed),
                         y.mutable_data_ptr(), stream));
   }
   return y;
@@ -36,7 +35,6 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(
     int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis, double drop,
     OptionalTensor seed, bool needs_x, bool needs_scale, bool needs_zero_point) {
   const auto quantizer = quantizer_of(x, scale, zero_point, quant_min, quant_max, axis);
-  const Storage storage = storage_of(x);
   check_gradient(grad, x);
   const Tensor dx = needs_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor dscale = empty_floats(scale, needs_scale ? scale.numel() : 0);
@@ -56,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(
   const QuantizerGradients gradients{needs_scale ? floats_of(dscale) : nullptr,
                                      needs_zero_point ? floats_of(dzero_point) : nullptr,
                                      sums ? partials.get() : nullptr};
-  check(fake_quantize_backward(storage, layout, quantizer, drop_of(x, drop, seed),
+  check(fake_quantize_backward(layout, quantizer, drop_of(x, drop, seed),
                                needs_x ? dx.mutable_data_ptr() : nullptr, gradients, stream));
   return {dx, dscale, dzero_point};
 }

@@ -13,23 +13,15 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 }  // namespace
 
-Failure fake_quantize(Storage storage, const Layout& layout, const Quantizer& quantizer,
-                      const Drop& drop, void* y, void* stream) {
-  return with_storage(storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const FakeQuantize op{quantizer, y, drop.seed, drop.threshold};
-    return launch_walk<T>(op, layout, stream);
-  });
+Failure fake_quantize(const Layout& layout, const Quantizer& quantizer, const Drop& drop, void* y,
+                      void* stream) {
+  return launch_walk(FakeQuantize{quantizer, y, drop.seed, drop.threshold}, layout, stream);
 }
 
-Failure fake_quantize_backward(Storage storage, const Layout& layout, const Quantizer& quantizer,
-                               const Drop& drop, void* dx, const QuantizerGradients& gradients,
-                               void* stream) {
-  const Failure failure = with_storage(storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const FakeQuantizeBackward op{quantizer, dx, drop.seed, drop.threshold, gradients.partials};
-    return launch_walk<T>(op, layout, stream);
-  });
+Failure fake_quantize_backward(const Layout& layout, const Quantizer& quantizer, const Drop& drop,
+                               void* dx, const QuantizerGradients& gradients, void* stream) {
+  const FakeQuantizeBackward op{quantizer, dx, drop.seed, drop.threshold, gradients.partials};
+  const Failure failure = launch_walk(op, layout, stream);
   if (failure || !gradients.needed()) {
     return failure;
   }

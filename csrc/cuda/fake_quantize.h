@@ -32,12 +32,11 @@ struct QuantizerGradients {
   bool needed() const { return scale || zero_point; }
 };
 
-Failure fake_quantize(Storage storage, const Layout& layout, const Quantizer& quantizer,
-                      const Drop& drop, void* y, void* stream);
+Failure fake_quantize(const Layout& layout, const Quantizer& quantizer, const Drop& drop, void* y,
+                      void* stream);
 
 // x is input 0 of the layout and the gradient input 1.
-Failure fake_quantize_backward(Storage storage, const Layout& layout, const Quantizer& quantizer,
-                               const Drop& drop, void* dx, const QuantizerGradients& gradients,
-                               void* stream);
+Failure fake_quantize_backward(const Layout& layout, const Quantizer& quantizer, const Drop& drop,
+                               void* dx, const QuantizerGradients& gradients, void* stream);
 
 }  // namespace dfq

@@ -9,8 +9,6 @@
 namespace dfq {
 namespace {
 
-constexpr Storage kStorages[] = {Storage::kFloat, Storage::kHalf, Storage::kBFloat16};
-
 // Rows of a scale each, or one scale for all.
 std::optional<int64_t> axis_of(const Tensor& scale) {
   return scale.numel() == 1 ? std::nullopt : std::optional<int64_t>(0);
@@ -39,21 +37,6 @@ struct Call {
   }
 };
 
-// Jobs by their storage type.
-struct Work {
-  std::vector<FakeQuantizeJob> jobs[std::size(kStorages)];
-
-  void add(const FakeQuantizeJob& job, const Tensor& x) {
-    jobs[static_cast<int>(storage_of(x))].push_back(job);
-  }
-  template <class Launch>
-  void run(const Launch& launch, const Stream& stream) const {
-    for (const Storage storage : kStorages) {
-      check(launch(storage, jobs[static_cast<int>(storage)], stream));
-    }
-  }
-};
-
 std::vector<Tensor> fake_quantize_all_cuda(std::vector<Tensor> xs, std::vector<Tensor> scales,
                                            std::vector<Tensor> zero_points,
                                            std::vector<int64_t> quant_mins,
@@ -61,20 +44,20 @@ std::vector<Tensor> fake_quantize_all_cuda(std::vector<Tensor> xs, std::vector<T
   const Call call{xs, scales, zero_points, quant_mins, quant_maxs};
   call.check(xs);
   std::vector<Tensor> ys;
-  Work work;
+  std::vector<FakeQuantizeJob> jobs;
   for (size_t i = 0; i < xs.size(); ++i) {
     ys.push_back(torch::stable::empty_like(xs[i]));
     FakeQuantizeJob job = xs[i].numel() > 0 ? call.job(i, ys[i], xs[i]) : FakeQuantizeJob{};
     job.out = ys[i].mutable_data_ptr();
     if (job.layout.dense) {
-      work.add(job, xs[i]);
+      jobs.push_back(job);
     } else {
       ys[i] = fake_quantize_cuda(xs[i], scales[i], zero_points[i], quant_mins[i], quant_maxs[i],
                                  axis_of(scales[i]), 0.0, std::nullopt);
     }
   }
-  if (!xs.empty()) {
-    work.run(fake_quantize_all, Stream(xs[0]));
+  if (!jobs.empty()) {
+    check(fake_quantize_all(jobs, Stream(xs[0])));
   }
   return ys;
 }
@@ -114,8 +97,8 @@ std::vector<Tensor> fake_quantize_all_backward_cuda(
   if (xs.empty() || (!needs_x && !sums)) {
     return out.all();
   }
-  Work work;
-  std::vector<Partials> partials;
+  std::vector<FakeQuantizeJob> jobs;
+  std::vector<int64_t> room_before{0};  // of each job, in sums
   for (size_t i = 0; i < xs.size(); ++i) {
     check_gradient(grads[i], xs[i]);
     FakeQuantizeJob job = xs[i].numel() > 0
@@ -127,14 +110,19 @@ std::vector<Tensor> fake_quantize_all_backward_cuda(
           axis_of(scales[i]), 0.0, std::nullopt, needs_x, needs_scale, needs_zero_point);
       continue;
     }
-    partials.emplace_back(xs[i], sums ? sums_of(job.layout.blocks) : 0);
     job.out = needs_x ? out.x[i].mutable_data_ptr() : nullptr;
-    job.gradients = {needs_scale ? floats_of(out.scale[i]) : nullptr,
-                     needs_zero_point ? floats_of(out.zero_point[i]) : nullptr,
-                     sums ? partials.back().get() : nullptr};
-    work.add(job, xs[i]);
+    job.gradients.scale = needs_scale ? floats_of(out.scale[i]) : nullptr;
+    job.gradients.zero_point = needs_zero_point ? floats_of(out.zero_point[i]) : nullptr;
+    jobs.push_back(job);
+    room_before.push_back(room_before.back() + (sums ? sums_of(job.layout.blocks) : 0));
   }
-  work.run(fake_quantize_all_backward, Stream(xs[0]));
+  if (!jobs.empty()) {
+    const Partials partials(xs[0], room_before.back());
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      jobs[i].gradients.partials = sums ? partials.get() + room_before[i] : nullptr;
+    }
+    check(fake_quantize_all_backward(jobs, Stream(xs[0])));
+  }
   return out.all();
 }
 

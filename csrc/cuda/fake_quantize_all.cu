@@ -95,17 +95,31 @@ class Launcher {
   Table<Entry> table_;
 };
 
-template <class T, class Op, class MakeOp>
+// One kernel for each storage type.
+template <class Op, class MakeOp>
 Failure walk_jobs(const std::vector<FakeQuantizeJob>& jobs, void* stream, const MakeOp& make_op) {
-  Launcher<Walk<Op>> launcher(&walk_all<T, Op>, kMaxThreads, stream);
-  for (const FakeQuantizeJob& job : jobs) {
-    const Walk<Op> walk{
-        make_op(job), {{job.layout.input[0], job.layout.input[1]}}, job.layout.blocks};
-    if (const Failure failure = launcher.add(walk, job.layout.blocks.count())) {
+  for (const Storage storage : {Storage::kFloat, Storage::kHalf, Storage::kBFloat16}) {
+    const Failure failure = with_storage(storage, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      Launcher<Walk<Op>> launcher(&walk_all<T, Op>, kMaxThreads, stream);
+      for (const FakeQuantizeJob& job : jobs) {
+        const Layout& layout = job.layout;
+        const Walk<Op> walk{make_op(job), {{layout.input[0], layout.input[1]}}, layout.blocks};
+        Failure failed = nullptr;
+        if (layout.storage == storage) {
+          failed = launcher.add(walk, layout.blocks.count());
+        }
+        if (failed) {
+          return failed;
+        }
+      }
+      return launcher.flush();
+    });
+    if (failure) {
       return failure;
     }
   }
-  return launcher.flush();
+  return nullptr;
 }
 
 Failure finish_jobs(const std::vector<FakeQuantizeJob>& jobs, void* stream) {
@@ -126,23 +140,17 @@ Failure finish_jobs(const std::vector<FakeQuantizeJob>& jobs, void* stream) {
 
 }  // namespace
 
-Failure fake_quantize_all(Storage storage, const std::vector<FakeQuantizeJob>& jobs, void* stream) {
-  return with_storage(storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return walk_jobs<T, FakeQuantize>(jobs, stream, [](const FakeQuantizeJob& job) {
-      return FakeQuantize{job.quantizer, job.out, nullptr, 0};
-    });
+Failure fake_quantize_all(const std::vector<FakeQuantizeJob>& jobs, void* stream) {
+  return walk_jobs<FakeQuantize>(jobs, stream, [](const FakeQuantizeJob& job) {
+    return FakeQuantize{job.quantizer, job.out, nullptr, 0};
   });
 }
 
-Failure fake_quantize_all_backward(Storage storage, const std::vector<FakeQuantizeJob>& jobs,
-                                   void* stream) {
-  const Failure failure = with_storage(storage, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return walk_jobs<T, FakeQuantizeBackward>(jobs, stream, [](const FakeQuantizeJob& job) {
-      return FakeQuantizeBackward{job.quantizer, job.out, nullptr, 0, job.gradients.partials};
-    });
-  });
+Failure fake_quantize_all_backward(const std::vector<FakeQuantizeJob>& jobs, void* stream) {
+  const Failure failure =
+      walk_jobs<FakeQuantizeBackward>(jobs, stream, [](const FakeQuantizeJob& job) {
+        return FakeQuantizeBackward{job.quantizer, job.out, nullptr, 0, job.gradients.partials};
+      });
   return failure ? failure : finish_jobs(jobs, stream);
 }
 

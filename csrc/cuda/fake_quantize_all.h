@@ -15,9 +15,7 @@ struct FakeQuantizeJob {
   QuantizerGradients gradients;  // in backward
 };
 
-// All jobs of one storage type; their layouts are dense.
-Failure fake_quantize_all(Storage storage, const std::vector<FakeQuantizeJob>& jobs, void* stream);
-Failure fake_quantize_all_backward(Storage storage, const std::vector<FakeQuantizeJob>& jobs,
-                                   void* stream);
+Failure fake_quantize_all(const std::vector<FakeQuantizeJob>& jobs, void* stream);
+Failure fake_quantize_all_backward(const std::vector<FakeQuantizeJob>& jobs, void* stream);
 
 }  // namespace dfq

@@ -15,6 +15,7 @@ enum class Storage { kFloat, kHalf, kBFloat16 };
 // any strides.
 struct Layout {
   Blocks blocks;
+  Storage storage;
   const void* input[kInputs];
   bool dense;
   Strides strides;  // if not dense

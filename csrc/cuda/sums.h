@@ -89,7 +89,7 @@ DFQ_DEVICE void for_each_slot(const Blocks& blocks, const Place& at, int unit, c
     const float origin = Sums::origin(columns, of_slot, member, group);
     Pair<double> sums{0, 0};
     for (int i = member; i < of_slot.count; i += group) {
-      const Pair<float> terms = columns[of_slot[i]].terms(origin);
+      const auto terms = columns[of_slot[i]].terms(origin);
       sums.first += terms.first;
       sums.second += terms.second;
     }

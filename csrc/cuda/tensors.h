@@ -89,9 +89,10 @@ inline Layout layout_of(const Tensor& output, const Tensor& x, const Tensor& gra
   const bool channels = axis && output.size(*axis) > 1;
   const int64_t count = channels ? output.size(*axis) : 1;
   const int64_t run = channels ? output.stride(*axis) : output.numel();
-  const int lanes = 16 / static_cast<int>(output.element_size());
-  layout.blocks = cut(output.numel() / (count * run), count, run, lanes);
+  layout.storage = storage_of(output);
   layout.dense = lies_as(x, output) && lies_as(grad, output);
+  const bool wide = layout.dense && layout.storage != Storage::kFloat;
+  layout.blocks = cut(output.numel() / (count * run), count, run, wide ? 8 : 4);
   layout.input[0] = x.const_data_ptr();
   layout.input[1] = grad.const_data_ptr();
   STD_TORCH_CHECK(

@@ -84,27 +84,11 @@ DFQ_DEVICE uint4 gather(int count, const F& element) {
           static_cast<uint32_t>(high >> 32)};
 }
 
-template <class T>
-DFQ_DEVICE void store_part(T* to, const uint4& vector, int count) {
-  const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
-#pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) {
-    if (i < count) {
-      constexpr int kEach = 4 / sizeof(T);
-      to[i] = bits_of<T>(static_cast<Bits<T>>(words[i / kEach] >> (i % kEach * 16)));
-    }
-  }
-}
-
 // Inputs that lie in memory as the output does, on addresses that are multiples of 16.
 struct Dense {
   static constexpr int kAhead = 2;  // steps of a walk that are asked for in advance
   const void* input[kInputs];
 
-  template <class T>
-  DFQ_DEVICE float one(int i, int64_t position) const {
-    return to_float(static_cast<const T*>(input[i])[position]);
-  }
   template <class T>
   DFQ_DEVICE uint4 vector(int i, int64_t position) const {
     return load_vector(static_cast<const T*>(input[i]) + position);
@@ -113,18 +97,32 @@ struct Dense {
   DFQ_DEVICE uint4 part(int i, int64_t position, int count) const {
     return gather<T>(count, [&](int j) { return static_cast<const T*>(input[i])[position + j]; });
   }
+  template <class T>
+  DFQ_DEVICE void store(void* out, int64_t position, const uint4& vector) const {
+    store_vector(static_cast<T*>(out) + position, vector);
+  }
+  template <class T>
+  DFQ_DEVICE void store_part(void* out, int64_t position, const uint4& vector, int count) const {
+    const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+    constexpr int kEach = 4 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i < count) {
+        const auto bits = static_cast<Bits<T>>(words[i / kEach] >> (i % kEach * 16));
+        static_cast<T*>(out)[position + i] = bits_of<T>(bits);
+      }
+    }
+  }
 };
 
-// Inputs of any strides.
+// Inputs of any strides, in any type: they are rare enough for one kernel. T is float, whatever is
+// stored.
 struct Strided {
   static constexpr int kAhead = 0;
   const void* input[kInputs];
   Strides strides;
+  Storage storage;
 
-  template <class T>
-  DFQ_DEVICE float one(int i, int64_t position) const {
-    return to_float(static_cast<const T*>(input[i])[strides.offset(i, position)]);
-  }
   template <class T>
   DFQ_DEVICE uint4 vector(int i, int64_t position) const {
     return part<T>(i, position, kLanes<T>);
@@ -132,8 +130,37 @@ struct Strided {
   template <class T>
   DFQ_DEVICE uint4 part(int i, int64_t position, int count) const {
     return gather<T>(count, [&](int j) {
-      return static_cast<const T*>(input[i])[strides.offset(i, position + j)];
+      const int64_t at = strides.offset(i, position + j);
+      return storage == Storage::kFloat  ? static_cast<const float*>(input[i])[at]
+             : storage == Storage::kHalf ? to_float(static_cast<const Half*>(input[i])[at])
+                                         : to_float(static_cast<const BFloat16*>(input[i])[at]);
     });
+  }
+  template <class T>
+  DFQ_DEVICE void store(void* out, int64_t position, const uint4& vector) const {
+    store_part<T>(out, position, vector, kLanes<T>);
+  }
+  template <class T>
+  DFQ_DEVICE void store_part(void* out, int64_t position, const uint4& vector, int count) const {
+    float values[kLanes<T>];
+    unpack<T>(vector, values);
+#pragma unroll
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i < count) {
+        store_one(out, position + i, values[i]);
+      }
+    }
+  }
+
+ private:
+  DFQ_DEVICE void store_one(void* out, int64_t position, float value) const {
+    if (storage == Storage::kFloat) {
+      static_cast<float*>(out)[position] = value;
+    } else if (storage == Storage::kHalf) {
+      static_cast<Half*>(out)[position] = from_float<Half>(value);
+    } else {
+      static_cast<BFloat16*>(out)[position] = from_float<BFloat16>(value);
+    }
   }
 };
 

@@ -55,6 +55,11 @@ class Walker {
     DFQ_ROLLED
     for (int step = 0; step < at.steps && position < blocks.size; ++step) {
       fetch(next[kAhead], step + kAhead < at.steps, position + kAhead * blocks.width, blocks.size);
+      if (step == 0) {
+        const bool both =
+            kAhead > 0 && at.steps > 1 && position + blocks.width + kVector <= blocks.size;
+        start(next[0], next[kAhead > 0], both, part(position, blocks.size));
+      }
       visit(next[0], position, blocks.size);
       position += blocks.width;
 #pragma unroll
@@ -92,6 +97,11 @@ class Walker {
     }
   }
 
+  // How many elements of a vector there are.
+  static DFQ_DEVICE int part(int64_t position, int64_t size) {
+    return position + kVector <= size ? kVector : static_cast<int>(size - position);
+  }
+
   // The vectors at a position, if it is wanted and there; at the end of a piece a part of them.
   DFQ_DEVICE void fetch(Vectors& fetched, bool wanted, int64_t position, int64_t size) const {
     if (!wanted || position >= size) {
@@ -113,21 +123,35 @@ class Walker {
       unpack<T>(vectors.input[1], grad);
     }
     const int64_t at = base_ + position;
-    const bool whole = position + kVector <= size;
-    const int count = whole ? kVector : static_cast<int>(size - position);
-    if (visited_ == 0) {
-#pragma unroll
-      for (int lane = 0; lane < kChannels; ++lane) {
-        sums_[lane].start(x[lane]);
-      }
-    }
+    const int count = part(position, size);
+    const bool whole = count == kVector;
     visit_elements(at, x, grad, out, count);
     visited_ += whole;
     part_ = whole ? 0 : count;
     if (op_.out && whole) {
-      store_vector(static_cast<T*>(op_.out) + at, pack<T>(out));
+      source_.template store<T>(op_.out, at, pack<T>(out));
     } else if (op_.out) {
-      store_part(static_cast<T*>(op_.out) + at, pack<T>(out), count);
+      source_.template store_part<T>(op_.out, at, pack<T>(out), count);
+    }
+  }
+
+  // Tells the sums what x to expect of each channel: the mean of the first ones, as short as x is.
+  DFQ_DEVICE void start(const Vectors& first, const Vectors& second, bool both, int count) {
+    float x[kVector], more[kVector];
+    unpack<T>(first.input[0], x);
+    unpack<T>(second.input[0], more);
+    float sum = 0;
+#pragma unroll
+    for (int lane = 0; lane < kVector; ++lane) {
+      const float mean = both ? (x[lane] + more[lane]) / 2 : x[lane];
+      if constexpr (kEach) {
+        sums_[lane].start(to_float(from_float<T>(mean)));
+      } else {
+        sum += lane < count ? mean : 0;
+      }
+    }
+    if constexpr (!kEach) {
+      sums_[0].start(to_float(from_float<T>(sum / static_cast<float>(count))));
     }
   }
 
@@ -203,21 +227,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   walk_block<T, kEach>(op, source, blocks, blockIdx.x);
 }
 
-template <class T, class Op>
-Failure launch_walk(const Op& op, const Layout& layout, void* stream) {
-  const Blocks& blocks = layout.blocks;
-  const auto go = [&](auto kernel, const auto& source) {
-    return launch(kernel, blocks.count(), blocks.threads, stream, op, source, blocks);
-  };
-  if (!layout.dense) {
-    const Strided source{{layout.input[0], layout.input[1]}, layout.strides};
-    return go(&walk<T, true, Op, Strided>, source);
-  }
-  const Dense source{{layout.input[0], layout.input[1]}};
-  return layout.one_channel() ? go(&walk<T, false, Op, Dense>, source)
-                              : go(&walk<T, true, Op, Dense>, source);
-}
-
 // f(T*) with a null pointer of the storage type.
 template <class F>
 Failure with_storage(Storage storage, const F& f) {
@@ -229,6 +238,24 @@ Failure with_storage(Storage storage, const F& f) {
     default:
       return f(static_cast<BFloat16*>(nullptr));
   }
+}
+
+template <class Op>
+Failure launch_walk(const Op& op, const Layout& layout, void* stream) {
+  const Blocks& blocks = layout.blocks;
+  const auto go = [&](auto kernel, const auto& source) {
+    return launch(kernel, blocks.count(), blocks.threads, stream, op, source, blocks);
+  };
+  if (!layout.dense) {
+    const Strided source{{layout.input[0], layout.input[1]}, layout.strides, layout.storage};
+    return go(&walk<float, true, Op, Strided>, source);
+  }
+  const Dense source{{layout.input[0], layout.input[1]}};
+  return with_storage(layout.storage, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return layout.one_channel() ? go(&walk<T, false, Op, Dense>, source)
+                                : go(&walk<T, true, Op, Dense>, source);
+  });
 }
 
 }  // namespace dfq
