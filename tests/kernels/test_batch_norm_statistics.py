@@ -39,7 +39,7 @@ def test_statistics_far_from_zero(backend, layout, guess):
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 def test_variance_of_what_begins_elsewhere(backend, layout):
     """The first image lies far from all others: no guess by what comes first is a good one."""
-    x, (running_mean, *_) = tensors((40, 2, 12, 12))
+    x, (running_mean, *_) = tensors((24, 2, 12, 12))
     x[0] += 300
     x = LAYOUTS[layout](x)
     measured = run("batch_norm_statistics", x, running_mean)
@@ -52,7 +52,7 @@ def test_variance_of_what_begins_elsewhere(backend, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_rounding_of_equal_values_does_not_add_up(backend, layout, dtype):
     """Many 16-bit values are equal, and so would be what is lost in taking a mean from them."""
-    channels = 40 if backend == "compiled" else 8
+    channels = 40 if backend == "compiled" else 4
     x = LAYOUTS[layout]((torch.randn(1031, channels) * 2 + 0.5).to(dtype))
     exact_mean, _ = statistics64(x)
     mean, _ = batch_norm_statistics(x, torch.zeros(channels))
