@@ -1,11 +1,12 @@
 """Compile csrc where torch, a compiler and pybind11 allow; otherwise install pure Python.
 
-The driving of the compiler is dfq_kernels/build.py, loaded by path: importing dfq_kernels needs
-torch, which an isolated build does not have.
+What is compiled how is dfq_kernels/build.py, loaded as part of a package of another name: importing
+dfq_kernels needs torch, which an isolated build does not have.
 """
 
-import importlib.util
+import importlib
 import sys
+import types
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -15,12 +16,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _load_build():
-    path = ROOT / "dfq_kernels" / "build.py"
-    spec = importlib.util.spec_from_file_location("dfq_kernels_build", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    package = types.ModuleType("dfq_native")
+    package.__path__ = [str(ROOT / "dfq_kernels")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module("dfq_native.build")
 
 
 build = _load_build()

@@ -1,5 +1,12 @@
 """Quantization ops: a PyTorch reference each, and faster implementations where there are any."""
 
+import importlib.util
+import sys
+
+if sys.argv[:1] == ["-m"] and importlib.util.find_spec("torch") is None:
+    # `python -m dfq_kernels.build`, which imports this first; elsewhere it is an ImportError
+    sys.exit("dfq_kernels needs torch, which is not installed; get it from https://pytorch.org.")
+
 from dfq_kernels.batch_norm import batch_norm, batch_norm_statistics
 from dfq_kernels.fake_quantize import fake_quantize
 from dfq_kernels.fake_quantize_all import fake_quantize_all

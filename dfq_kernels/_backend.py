@@ -78,7 +78,7 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
 def variant(op: str, backend: str, device: str) -> Callable[..., Any] | None:
     """``op`` as ``backend`` implements it for ``device``, or ``None`` if this install lacks it."""
     if backend == "compiled":
-        return getattr(torch.ops.dfq_C, op, None) if _load_library(device) else None
+        return _compiled(op, device) if _load_library(device) else None
     if backend == "triton":
         return _triton(op) if device == "cuda" or os.environ.get("TRITON_INTERPRET") else None
     return _from_module("dfq_kernels", op, f"{op}_reference")
@@ -118,8 +118,9 @@ def _why_not(backend: str, device: str) -> str:
         return "torch finds no CUDA device."
     if backend == "compiled":
         name = LIBRARIES[device]
-        if not _library_path(device).exists():
-            return f"dfq_kernels/{name} is not there. {REMEDY[backend]}."
+        for needed in (LIBRARIES["cpu"], name):
+            if not _library_path(device).with_name(needed).exists():
+                return f"dfq_kernels/{needed} is not there. {REMEDY[backend]}."
         try:
             _load_library(device)
         except RuntimeError as error:
@@ -146,8 +147,10 @@ def _load_library(device: str) -> bool:
         RuntimeError: if they are there and do not load.
     """
     path = _library_path(device)
-    if not path.exists() or (device == "cuda" and not torch.cuda.is_available()):
+    if not path.exists():
         return False
+    if device == "cuda" and not (torch.cuda.is_available() and _load_library("cpu")):
+        return False  # the ops are defined in _C_cpu
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -156,6 +159,13 @@ def _load_library(device: str) -> bool:
             "`python -m dfq_kernels.build`, or delete it."
         ) from error
     return True
+
+
+def _compiled(op: str, device: str) -> Callable[..., Any] | None:
+    function = getattr(torch.ops.dfq_C, op, None)
+    # _C_cpu defines every op, also those for which there are no CUDA kernels
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return function if function and has_kernel(f"dfq_C::{op}", device.upper()) else None
 
 
 def _triton(op: str) -> Callable[..., Any] | None:

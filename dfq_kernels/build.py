@@ -3,6 +3,7 @@
 What it makes, next to this file:
 
     _C_cpu.so           csrc/cpu/*.cpp, against LibTorch's stable ABI: for torch 2.10 and later
+    _C_cuda.so          csrc/cuda/*.cu and *.cpp, likewise; any torch will do, it needs no GPU
     _arithmetic*.so     csrc/python/arithmetic.cpp, pybind11: csrc/core for the tests
 
 ``setup.py`` calls the same functions. What cannot be compiled is skipped, and the reason said.
@@ -10,8 +11,11 @@ ninja is used if there is one. Importing this module imports no torch and runs n
 
 Environment:
     CXX: the C++ compiler; otherwise the first of c++, g++, clang++.
-    CXXFLAGS: more flags, last on the command line.
+    CXXFLAGS: more flags for it, last on the command line.
+    CUDACXX: nvcc; otherwise that of CUDA_HOME or CUDA_PATH, or on the PATH.
+    TORCH_CUDA_ARCH_LIST: the GPUs to compile for, e.g. "8.0;9.0+PTX".
     DFQ_BUILD_CPP: 0 compiles nothing.
+    DFQ_BUILD_CUDA: 0 compiles no CUDA.
     MAX_JOBS: how many files ninja compiles at once.
 """
 
@@ -20,70 +24,35 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shlex
-import shutil
-import subprocess
+import re
 import sys
 import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from ._compile import ARITHMETIC, Library, compile_library, cxx, nvcc
+
+__all__ = ["ARITHMETIC", "ROOT", "Library", "compile_library", "main", "plan"]
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST_TORCH = (2, 10)
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi")
-# One rounding a product on every backend. The other two only permit vectors where a math
-# function could set errno or a comparison could trap; they change no result.
-ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-
-
-@dataclass(frozen=True)
-class Library:
-    """One shared library, ``dfq_kernels.<name>``; paths and commands are relative to the root."""
-
-    name: str
-    filename: str
-    sources: tuple[str, ...]
-    compile_flags: tuple[str, ...]
-    link_flags: tuple[str, ...] = ()
+CUDA_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
 def plan(root: Path = ROOT) -> tuple[list[Library], dict[str, str]]:
     """The libraries that can be compiled here, and the reason for each that cannot."""
     libraries, skipped = [], {}
-    for name, describe in (("_C_cpu", _cpu_library), ("_arithmetic", _arithmetic_module)):
-        reason = _obstacle(root)
-        described = reason or describe(root)
+    describe = {
+        "_C_cpu": _cpu_library,
+        "_C_cuda": _cuda_library,
+        "_arithmetic": _arithmetic_module,
+    }
+    for name in describe:
+        described = _obstacle(root) or describe[name](root)
         if isinstance(described, str):
             skipped[name] = described
         else:
             libraries.append(described)
     return libraries, skipped
-
-
-def compile_library(library: Library, output: Path, build_dir: Path, root: Path = ROOT) -> None:
-    """Compile and link ``library`` to ``output``; objects are kept in ``build_dir``.
-
-    Raises:
-        RuntimeError: if the compiler or the linker fails; it has printed why.
-    """
-    build_dir.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    linked = build_dir / library.filename
-    ninja = shutil.which("ninja")
-    if ninja:
-        script = build_dir / f"{library.name}.ninja"
-        script.write_text(_ninja_script(library, linked, build_dir, root))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        _call([ninja, "-f", str(script), *jobs], root)
-    else:
-        for source in library.sources:
-            _call(_compile_command(library, root / source, _object(build_dir, source)), root)
-        _call(_link_command(library, linked, build_dir), root)
-    # renamed into place: a process that has the old library open keeps it whole
-    fresh = output.with_name(f".{output.name}.new")
-    shutil.copyfile(linked, fresh)
-    fresh.replace(output)
 
 
 def main() -> int:
@@ -93,7 +62,7 @@ def main() -> int:
         print(f"skipped {name}: {reason}")
     for library in libraries:
         output = ROOT / "dfq_kernels" / library.filename
-        compile_library(library, output, ROOT / "build" / "native")
+        compile_library(library, output, ROOT / "build" / "native", ROOT)
         print(f"compiled {output}")
     return 0 if libraries else 1
 
@@ -103,22 +72,13 @@ def _obstacle(root: Path) -> str | None:
         return "DFQ_BUILD_CPP=0; unset it and run `python -m dfq_kernels.build`."
     if not (root / "csrc").is_dir():
         return f"there is no csrc in {root}; run it in a source checkout."
-    if not _compiler():
+    if not cxx():
         return "no C++ compiler was found; install g++ or set CXX."
     return None
 
 
-def _compiler() -> list[str]:
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    return [found] if found else []
-
-
-def _cpu_library(root: Path) -> Library | str:
-    sources = _files(root, "csrc/cpu/*.cpp")
-    if not sources:
-        return "csrc/cpu holds no sources."
+def _torch() -> Path | str:
+    """The folder of the installed torch, or why it will not do."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return (
@@ -128,18 +88,82 @@ def _cpu_library(root: Path) -> Library | str:
     version = importlib.metadata.version("torch")
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {version} is too old for the stable ABI; install torch 2.10 or later."
-    torch_dir = Path(next(iter(spec.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _stable_abi(torch: Path) -> tuple[str, ...]:
+    version = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    return (version, "-Icsrc", f"-isystem{torch / 'include'}")
+
+
+def _cpu_library(root: Path) -> Library | str:
+    sources = _files(root, "csrc/cpu/*.cpp")
+    if not sources:
+        return "csrc/cpu holds no sources."
+    torch = _torch()
+    if isinstance(torch, str):
+        return torch
     return Library(
         name="_C_cpu",
         filename="_C_cpu.so",
         sources=sources,
-        compile_flags=(
-            "-DTORCH_TARGET_VERSION=0x020a000000000000",
-            "-Icsrc",
-            f"-isystem{torch_dir / 'include'}",
-        ),
-        link_flags=(f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ltorch"),
+        compile_flags=_stable_abi(torch),
+        link_flags=(f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"),
     )
+
+
+def _cuda_library(root: Path) -> Library | str:
+    sources = (*_files(root, "csrc/cuda/*.cu"), *_files(root, "csrc/cuda/*.cpp"))
+    if not sources:
+        return "csrc/cuda holds no sources."
+    if os.environ.get("DFQ_BUILD_CUDA", "auto") == "0":
+        return "DFQ_BUILD_CUDA=0; unset it and run `python -m dfq_kernels.build`."
+    if not nvcc():
+        return "nvcc was not found; install the CUDA toolkit, or set CUDACXX or CUDA_HOME."
+    torch = _torch()
+    if isinstance(torch, str):
+        return torch
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    targets = _targets(architectures)
+    if targets is None:
+        return f"TORCH_CUDA_ARCH_LIST={architectures!r} is no list such as '8.0;9.0+PTX'."
+    missing = not (torch / "lib" / "libtorch_cuda.so").exists()
+    needed = ("-Xlinker", "--no-as-needed", "-ltorch_cpu", "-ltorch_cuda", "-ltorch")
+    return Library(
+        name="_C_cuda",
+        filename="_C_cuda.so",
+        sources=sources,
+        compile_flags=(*_stable_abi(torch), "-DUSE_CUDA"),
+        link_flags=("--cudart=static", f"-L{torch / 'lib'}", *needed),
+        cuda_flags=("-Icsrc", *targets),
+        stubs=("libtorch_cuda.so",) if missing else (),
+    )
+
+
+def _targets(architectures: str) -> list[str] | None:
+    """Flags of nvcc for a list as PyTorch writes it: machine code, and PTX where asked.
+
+    GPUs of one generation are compiled from the PTX of the first of them, which takes less time.
+    """
+    names: dict[int, list[str]] = {}
+    flags = []
+    for one in re.split(r"[;,\s]+", architectures.strip()):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", one)
+        if not found:
+            return None
+        name = found[1] + found[2]
+        names.setdefault(int(found[1]), []).append(name)
+        if found[3]:
+            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
+    for same in names.values():
+        plain = [name for name in same if name.isdigit()]
+        codes = {min(plain): plain} if plain else {}
+        codes |= {name: [name] for name in same if not name.isdigit()}
+        flags += [
+            f"-gencode=arch=compute_{first},code=[{','.join(f'sm_{name}' for name in group)}]"
+            for first, group in codes.items()
+        ]
+    return flags
 
 
 def _arithmetic_module(root: Path) -> Library | str:
@@ -164,52 +188,6 @@ def _arithmetic_module(root: Path) -> Library | str:
 
 def _files(root: Path, pattern: str) -> tuple[str, ...]:
     return tuple(sorted(path.relative_to(root).as_posix() for path in root.glob(pattern)))
-
-
-def _object(build_dir: Path, source: str) -> Path:
-    return build_dir / (source.replace("/", "_") + ".o")
-
-
-def _compile_command(library: Library, source: Path, output: Path) -> list[str]:
-    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-    flags = [*FLAGS, *ARITHMETIC, *library.compile_flags, *extra]
-    return [*_compiler(), *flags, "-c", str(source), "-o", str(output)]
-
-
-def _link_command(library: Library, output: Path, build_dir: Path) -> list[str]:
-    objects = [str(_object(build_dir, source)) for source in library.sources]
-    return [*_compiler(), "-shared", *objects, *library.link_flags, "-o", str(output)]
-
-
-def _ninja_script(library: Library, output: Path, build_dir: Path, root: Path) -> str:
-    lines = ["ninja_required_version = 1.3", f"builddir = {_ninja_path(build_dir)}"]
-    lines += ["rule link", "  command = $command", "  description = $out"]
-    lines += ["rule compile", "  command = $command", "  description = $out"]
-    lines += ["  depfile = $depfile", "  deps = gcc"]  # the headers that each source includes
-    for source in library.sources:
-        target = _object(build_dir, source)
-        depfile = f"{target}.d"
-        command = [*_compile_command(library, root / source, target), "-MMD", "-MF", depfile]
-        lines += [f"build {_ninja_path(target)}: compile {_ninja_path(root / source)}"]
-        lines += [f"  command = {shlex.join(command)}".replace("$", "$$")]
-        lines += [f"  depfile = {depfile}".replace("$", "$$")]
-    objects = " ".join(_ninja_path(_object(build_dir, source)) for source in library.sources)
-    link = shlex.join(_link_command(library, output, build_dir)).replace("$", "$$")
-    lines += [f"build {_ninja_path(output)}: link {objects}", f"  command = {link}"]
-    return "\n".join(lines) + "\n"
-
-
-def _ninja_path(path: Path) -> str:
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-def _call(command: Sequence[str], root: Path) -> None:
-    done = subprocess.run(command, cwd=root, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"{Path(command[0]).name} failed with exit code {done.returncode}; its message is "
-            "above. DFQ_BUILD_CPP=0 installs without compiled kernels."
-        )
 
 
 if __name__ == "__main__":

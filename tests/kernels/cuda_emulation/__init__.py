@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfq_kernels import _backend, build
+from dfq_kernels import _backend
+from dfq_kernels._compile import cxx
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -39,7 +40,7 @@ SANITIZE = os.environ.get("DFQ_EMULATE_SANITIZE", "")  # "address", with libasan
 @contextmanager
 def use() -> Iterator[None]:
     """Within the block the public functions run the emulated CUDA kernels on CPU tensors."""
-    if not build._compiler() or not _backend._load_library("cpu"):
+    if not cxx() or not _backend._load_library("cpu"):
         pytest.skip("the emulation needs a C++ compiler and the compiled kernels")
     load()
     variant = _backend.variant
@@ -86,7 +87,7 @@ def compile_emulation() -> Path:
     installed = Path(torch.__file__).parent
     flags = [*FLAGS, *([f"-fsanitize={SANITIZE}", "-g"] if SANITIZE else [])]
     command = [
-        *build._compiler(),
+        *cxx(),
         *flags,
         f"-I{ROOT / 'csrc'}",
         f"-I{HERE}",
