@@ -17,10 +17,10 @@ template <class F>
 DFQ_HOST_DEVICE F add_residual(F value, F residual, F multiplier) {
   return value + residual * multiplier;
 }
+// With floor = 0 it is ReLU; NaN becomes floor.
 template <class F>
-DFQ_HOST_DEVICE F relu(F value) {  // NaN becomes 0
-  const F none = Splat<F>::of(0.0f);
-  return where(value > none, value, none);
+DFQ_HOST_DEVICE F at_least(F value, F floor) {
+  return where(value > floor, value, floor);
 }
 
 // A float whose lowest byte is that of the nearest integer, ties to even, in low .. high. For
