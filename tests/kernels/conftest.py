@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 @functools.cache
 def _round_bfloat16_as_a_gpu() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds it to the nearest."""
+    """Triton's interpreter cuts float32 off to bfloat16, and loses digits of denormals."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -29,6 +29,9 @@ def _round_bfloat16_as_a_gpu() -> None:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
             rounded = torch.tensor(src.data).bfloat16().view(torch.int16)
             return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+            bits = src.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
         return original(self, src, dst_type)
 
     builder.cast_impl = cast_impl
