@@ -44,7 +44,7 @@ def qconv2d(
     x: Tensor,
     weight: IntegerWeight,
     epilogue: Epilogue,
-    window: Window = Window(),  # noqa: B008  (it is frozen)
+    window: Window = Window(),
     *,
     x_zero: int = 0,
 ) -> Tensor:
@@ -79,10 +79,11 @@ def qconv2d(
     if epilogue.residual is not None:
         _check_layout("the residual", epilogue.residual.values)
     geometry = (window.stride, window.padding, window.dilation, window.groups)
-    return _qconv2d(
-        *(x, weight.values, weight.zero, weight.prepacked, x_zero, kernel, *geometry),
-        *epilogue.arguments(),
-    )
+    tensors = (x, weight.values, weight.zero, weight.prepacked)
+    args = (*tensors, x_zero, kernel, *geometry, *epilogue.arguments())
+    # a small layer is done before the dispatcher has found its way through Python
+    direct = type(x) is Tensor and not torch.compiler.is_compiling()
+    return _run(*args) if direct else _qconv2d(*args)
 
 
 def qconv2d_reference(

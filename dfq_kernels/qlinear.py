@@ -45,8 +45,11 @@ def qlinear(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, x_zero: int
     check_residual(epilogue.residual, (*x.shape[:-1], weight.shape[0]))
     if epilogue.residual is not None and not epilogue.residual.values.is_contiguous():
         raise ValueError("the residual must be contiguous; call .contiguous() on it.")
-    args = (x, weight.values, weight.zero, weight.prepacked, x_zero)
-    return _qlinear(*args, *epilogue.arguments())
+    tensors = (x, weight.values, weight.zero, weight.prepacked)
+    args = (*tensors, x_zero, *epilogue.arguments())
+    # a small layer is done before the dispatcher has found its way through Python
+    direct = type(x) is Tensor and not torch.compiler.is_compiling()
+    return _run(*args) if direct else _qlinear(*args)
 
 
 def qlinear_reference(

@@ -18,7 +18,7 @@ ROWS = [  # a module imports only itself and rows above its own
     ["dfq.demo"],
     ["dfq.cli"],
 ]
-NOT_OPS = {"build"}
+NOT_OPS = {"integer", "build"}
 
 
 def _place(module):
