@@ -90,6 +90,7 @@ def compile_emulation() -> Path:
         *cxx(),
         *flags,
         f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'csrc/cuda'}",
         f"-I{HERE}",
         f"-isystem{installed / 'include'}",
     ]
