@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from dfq.prepare.frozen import Frozen
-from dfq.prepare.layers import QConv2d, per_tensor_quantizer
+from dfq.prepare.layers import QConv2d, QReLU, per_tensor_quantizer
 from dfq.prepare.trace import trace
 from dfq.types import QuantSpec
 
@@ -81,7 +82,7 @@ def quantize_adds(student: nn.Module, spec: QuantSpec, *, scales: str = "learned
         modules = dict(student.named_modules())
         carried, computed = _branches(node, modules)
         relu = [user for user in node.users if len(node.users) == 1 and _is_relu(user, modules)]
-        carried_spec = None if _on_grid(carried, modules) else spec
+        carried_spec = None if on_grid(carried, modules) else spec
         add = QAdd(spec, carried_spec, relu=bool(relu), scales=scales, device=device)
         name = _free_name(node, modules)
         owner, _, last = name.rpartition(".")
@@ -116,13 +117,13 @@ def _branches(node: fx.Node, modules: dict[str, nn.Module]) -> list[Any]:
     return sorted(node.args, key=lambda branch: (computed(branch), order[branch]))
 
 
-def _on_grid(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether all values of a tensor lie on the grid of one ``QAdd``."""
+def on_grid(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether all values of a tensor lie on the grid of one ``QAdd`` or ``QReLU``."""
     module = modules.get(str(node.target)) if node.op == "call_module" else None
-    if isinstance(module, QAdd):
+    if isinstance(module, QAdd | QReLU):
         return True
     keeps = isinstance(module, _KEEP_GRID_MODULES) or node.target in _KEEP_GRID
-    return keeps and isinstance(node.args[0], fx.Node) and _on_grid(node.args[0], modules)
+    return keeps and isinstance(node.args[0], fx.Node) and on_grid(node.args[0], modules)
 
 
 def _free_name(node: fx.Node, modules: dict[str, nn.Module]) -> str:

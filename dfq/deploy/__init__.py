@@ -1,0 +1,7 @@
+"""Student in, integers out: ``freeze`` it, run it, save it, load it without its class, export."""
+
+from dfq.deploy.freeze import freeze
+from dfq.deploy.onnx_graph import export_onnx
+from dfq.deploy.packed import PackedModel, load
+
+__all__ = ["PackedModel", "export_onnx", "freeze", "load"]

@@ -1,0 +1,81 @@
+"""The exported graph gives in ONNX Runtime what the packed model gives."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from dfq.deploy import export_onnx, freeze
+from dfq.types import InputError
+from tests.deploy.nets import NETS
+from tests.deploy.test_freeze import IMAGE, images, student_of
+
+
+def _run(path, x):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("int4", [False, True], ids=["INT8", "INT4"])
+@pytest.mark.parametrize("bits", ["w4a4", "w8a8", "w2a3"])
+@pytest.mark.parametrize("name", NETS)
+def test_the_exported_graph_computes_what_the_packed_model_does(tmp_path, name, bits, int4):
+    packed = freeze(student_of(name, bits), IMAGE)
+    export_onnx(packed, tmp_path / "m.onnx", int4=int4)
+    for x in (images(), images()[:1]):  # the batch is open
+        found, expected = _run(tmp_path / "m.onnx", x), packed(x)
+        # the bias lies on the grid of the sums here, which moves single integers by one
+        largest = expected.abs().max()
+        assert (found - expected).abs().mean() <= 0.01 * largest
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * largest.item())
+
+
+@pytest.mark.parametrize("name", ["depthwise", "plain"])
+def test_protocol_gdfq_and_asymmetric_weights(tmp_path, name):
+    packed = freeze(student_of(name, protocol="gdfq", scales="minmax"), IMAGE)
+    export_onnx(packed, tmp_path / "m.onnx")
+    found, expected = _run(tmp_path / "m.onnx", images()), packed(images())
+    assert (found - expected).abs().mean() <= 0.01 * expected.abs().max()
+
+
+def test_activations_are_quantized_before_every_layer(tmp_path):
+    export_onnx(freeze(student_of("residual"), IMAGE), tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    writers = {output: node.op_type for node in graph.node for output in node.output}
+    layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    assert len(layers) == 6
+    for layer in layers:
+        assert [writers[name] for name in layer.input] == ["DequantizeLinear"] * 3
+
+
+@pytest.mark.parametrize("int4", [False, True])
+def test_weights_are_stored_as_integers(tmp_path, int4):
+    export_onnx(freeze(student_of("residual"), IMAGE), tmp_path / "m.onnx", int4=int4)
+    kinds = {}
+    for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer:
+        if len(tensor.dims) == 4:
+            kinds.setdefault(onnx.TensorProto.DataType.Name(tensor.data_type), []).append(tensor)
+    expected = {"INT8": 1, "INT4": 4} if int4 else {"INT8": 5}  # the first layer has 8 bits
+    assert {kind: len(tensors) for kind, tensors in kinds.items()} == expected
+
+
+def test_a_channel_that_batch_norm_switches_off_keeps_its_bias(tmp_path):
+    student = student_of("plain")
+    with torch.no_grad():
+        student.norm.weight[0] = 0
+        student.norm.weight[1] = 1e-30
+        student.norm.weight[2].neg_()
+    packed = freeze(student, IMAGE)
+    export_onnx(packed, tmp_path / "m.onnx")
+    found, expected = _run(tmp_path / "m.onnx", images()), packed(images())
+    assert (found - expected).abs().mean() <= 0.01 * expected.abs().max()
+
+
+def test_what_onnx_lacks_is_named(tmp_path):
+    packed = freeze(student_of("dense"), IMAGE)
+    step = next(step for step in packed.program.steps if step.op == "call")
+    step.numbers["function"] = "interpolate"
+    with pytest.raises(InputError, match="interpolate"):
+        export_onnx(packed, tmp_path / "m.onnx")
+    assert not np.any([path.suffix == ".onnx" for path in tmp_path.iterdir()])
