@@ -197,7 +197,7 @@ def check(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, x_zero: int) -> 
                 f"integer layers have no gradient but {name} requires one; detach it, or use "
                 "torch.no_grad()."
             )
-    _check_grid(epilogue.grid)
+    check_grid(epilogue.grid)
 
 
 def check_residual(residual: Residual | None, shape: tuple[int, ...]) -> None:
@@ -234,7 +234,12 @@ def _check_weight(weight: IntegerWeight) -> None:
         )
 
 
-def _check_grid(grid: Int8Grid | None) -> None:
+def check_grid(grid: Int8Grid | None) -> None:
+    """The integers of an output.
+
+    Raises:
+        ValueError: if they do not fit int8, or there are none.
+    """
     if grid is None:
         return
     for name, value in (("zero", grid.zero), ("low", grid.low), ("high", grid.high)):

@@ -13,9 +13,21 @@ namespace dfq {
 template <int W>
 using Integers = Block<int32_t, kLanes, W>;
 
+#if defined(__x86_64__)
+constexpr int kVectorBytes = 8;  // the least W whose instruction set widens bytes
+#else
+constexpr int kVectorBytes = kLanes + 1;
+#endif
+
+// In assembly, because GCC converts one by one, and because an intrinsic may only be inlined into
+// functions that are compiled for it.
 template <int N, int W>
 DFQ_INLINE void load_bytes(const int8_t* from, Block<int32_t, N, W>& out) {
-  if constexpr (N == W) {
+  if constexpr (N == W && W >= kVectorBytes) {
+    native<int8_t, 16> narrow = {};
+    std::memcpy(&narrow, from, W);
+    asm("vpmovsxbd %1, %0" : "=v"(out.v) : "v"(narrow));
+  } else if constexpr (N == W) {
     native<int8_t, W> narrow;
     std::memcpy(&narrow, from, sizeof(narrow));
     out.v = __builtin_convertvector(narrow, native<int32_t, W>);

@@ -20,6 +20,7 @@ from dfq_kernels import dequantize, quantize
 from dfq_kernels.integer import Epilogue, Int8Grid, IntegerWeight, Residual, prepack
 from dfq_kernels.qconv2d import Window, qconv2d
 from dfq_kernels.qlinear import qlinear
+from dfq_kernels.requantize import requantize
 
 Numbers = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -67,8 +68,9 @@ def _dequantize(n: Numbers, t: Tensors) -> Run:
 
 
 def _requantize(n: Numbers, t: Tensors) -> Run:
-    before, after = _dequantize({"grid": n["from"]}, t), _quantize(n, t)
-    return lambda codes: after(before(codes))
+    before, after = Grid.of(n["from"]), Grid.of(n["grid"])
+    ratio, grid = (before.scale, after.scale), Int8Grid(after.zero, after.low, after.high)
+    return lambda codes: requantize(codes, ratio, before.zero, grid)
 
 
 def _conv(n: Numbers, t: Tensors) -> Run:
