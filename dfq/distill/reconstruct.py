@@ -39,9 +39,11 @@ class ReconstructionConfig:
         warmup: share of the steps without the pull towards hard rounding.
         beta: exponent of that pull after the warm-up and at the end, linear between.
         rounding_weight: weight of that pull.
+        relative: the pull is averaged over the weights and counts in units of the unit's error, so
+            that one weight suits units large and small; the released code sums and weighs by 1.
     """
 
-    steps: int = 600
+    steps: int = 2000
     batch_size: int = 32
     lr: float = 1e-2
     weight_scale_lr: float = 2e-3
@@ -49,7 +51,8 @@ class ReconstructionConfig:
     drop: float = 0.5
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
-    rounding_weight: float = 1.0
+    rounding_weight: float = 1000.0
+    relative: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.drop <= 1 or not 0 <= self.warmup < 1:
@@ -63,6 +66,8 @@ GENIE_RECONSTRUCTION = ReconstructionConfig(
     lr=1e-3,
     weight_scale_lr=1e-3,  # theirs: 1e-4 for the scale itself, here for a scale of about 0.1
     input_scale_lr=4e-4,  # theirs: 4e-5, likewise
+    rounding_weight=1.0,
+    relative=False,
 )
 
 
@@ -144,8 +149,10 @@ def reconstruct(
     """Turn ``knobs`` so that the unit's error falls.
 
     Minimizes ``mean reconstruction_error + rounding_weight * penalty(beta)``, the second part after
-    the warm-up. Each element of the input is the student's or, with probability ``drop``, the
-    teacher's. ``rng`` is a CPU generator; ``report`` takes step, error and penalty.
+    the warm-up and, if ``relative``, divided by the number of weights and times the error itself,
+    as a constant. Each element of the input is the student's or, with probability ``drop``, the
+    teacher's. ``rng`` is a CPU generator; ``report`` takes step, error and the share of undecided
+    roundings.
     """
     device = unit.inputs.device
     rounding = torch.optim.Adam(knobs.rounding, lr=config.lr)
@@ -155,6 +162,7 @@ def reconstruct(
             {"params": list(knobs.input_scales), "lr": config.input_scale_lr},
         ]
     )
+    weights = sum(part.numel() for part in knobs.rounding)
     for step in range(config.steps):
         anneal(scales, step / config.steps)
         index = torch.randperm(len(unit.inputs), generator=rng)[: config.batch_size].to(device)
@@ -163,10 +171,10 @@ def reconstruct(
         knobs.redraw()
         error = reconstruction_error(unit.student(x), unit.targets[index]).mean()
         undecided = knobs.penalty(_beta(step / config.steps, config))
-        pulled = step >= config.warmup * config.steps
-        loss = error + config.rounding_weight * undecided if pulled else error
-        descend(loss, rounding, scales)
-        report(step + 1, error=error.detach(), undecided=undecided.detach())
+        weight = config.rounding_weight * (step >= config.warmup * config.steps)
+        pull = weight * undecided * (error.detach() / weights if config.relative else 1.0)
+        descend(error + pull, rounding, scales)
+        report(step + 1, error=error.detach(), undecided=undecided.detach() / weights)
 
 
 def mixed(inputs: Tensor, others: Tensor, share: float, seed: Tensor) -> Tensor:

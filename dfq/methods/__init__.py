@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from dfq.methods.ddaq import DDAQ_EFFORTS, DDAQConfig, ddaq
 from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
 from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq
+from dfq.methods.genie import GENIE_EFFORTS, GENIEConfig, genie
 
 
 class Method(NamedTuple):
@@ -24,6 +25,7 @@ METHODS = {
     "ddaq": Method(ddaq, DDAQ_EFFORTS),
     "dmkd": Method(dmkd, DMKD_EFFORTS),
     "gdfq": Method(gdfq, GDFQ_EFFORTS),
+    "genie": Method(genie, GENIE_EFFORTS),
 }
 
 __all__ = [
@@ -31,8 +33,10 @@ __all__ = [
     "DDAQConfig",
     "DMKDConfig",
     "GDFQConfig",
+    "GENIEConfig",
     "Method",
     "ddaq",
     "dmkd",
     "gdfq",
+    "genie",
 ]

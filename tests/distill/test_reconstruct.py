@@ -147,6 +147,27 @@ def test_the_pull_starts_after_the_warm_up_and_its_exponent_falls():
     assert unit.student.weight.detach().abs().max() < 0.1
 
 
+def _pulled(relative, scale):
+    """The weight after steps whose pull, towards zero, competes with errors of a given size."""
+    unit = _unit()
+    weight = unit.student.weight.detach().clone().requires_grad_()
+    bias = unit.student.bias.detach().clone()
+    convolve = torch.nn.functional.conv2d
+    student = nn.Module()
+    student.forward = lambda x: scale * convolve(x, weight, bias)
+    unit = unit._replace(student=student, targets=scale * unit.targets)
+    knobs = Knobs([weight], [], [], lambda beta: weight.square().sum(), lambda: None)
+    config = replace(QUICK, rounding_weight=1.0, relative=relative)
+    _learn(unit, knobs, config)
+    return weight.detach()
+
+
+def test_the_relative_pull_weighs_the_same_for_small_and_large_errors():
+    torch.testing.assert_close(_pulled(True, 1.0), _pulled(True, 1e-2), rtol=1e-3, atol=1e-3)
+    gap = (_pulled(False, 1.0) - _pulled(False, 1e-2)).abs().max()
+    assert gap > 0.05
+
+
 def test_each_part_has_its_own_rate():
     for config, moved in ((replace(QUICK, lr=0.0), "bias"), (QUICK, "weight")):
         unit = _unit()

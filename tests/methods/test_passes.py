@@ -2,8 +2,7 @@
 
 import pytest
 
-from dfq.methods import METHODS
-from tests.methods.test_methods import TINY, _train
+from tests.methods.test_methods import DISTILLING, TINY, _train
 from tests.passes import Passes
 
 STUDENT_STEPS = 8  # of TINY: two batches after the warm-up, four steps each
@@ -13,7 +12,7 @@ ACTIVATION = 8 * 8 * 8 * 8  # [batch, channels, 8, 8] of a student step
 IN_TRAINING = 7  # the argument of native_batch_norm_backward that says so
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", DISTILLING)
 def test_training_takes_no_pass_that_an_op_of_ours_could_share(name):
     assert TINY["schedule"].batch_size * 8 * 8 * 8 == ACTIVATION
     with Passes(ACTIVATION) as passes:

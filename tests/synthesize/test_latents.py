@@ -15,7 +15,15 @@ from dfq.synthesize.losses import image_mismatch
 from dfq.types import DataSpec
 from tests.synthesize.test_generate import DATA, _teacher
 
-TINY = LatentConfig(batch_size=16, batches=2, steps=6, first_steps=2, latent_dim=8)
+TINY = LatentConfig(
+    batch_size=16,
+    batches=2,
+    steps=6,
+    first_steps=2,
+    latent_dim=8,
+    keep_generator=False,
+    lr=0.01,
+)
 RAW = DataSpec(shape=(3, 8, 8), classes=4)
 
 
