@@ -74,7 +74,7 @@ def demo(bits: str = "w2a2", seed: int = 0, report: Report = silent) -> Mapping[
     method = METHODS["dmkd"]
     config = method.efforts["quick"]
     # digits fill their 8 pixels: moving them by more than one would cut them off
-    student = dataclasses.replace(config.student, shift=1)
+    schedule = dataclasses.replace(config.schedule, shift=1)
     with tempfile.TemporaryDirectory() as folder, _one_thread():
         held_out = Path(folder) / "held_out.npz"
         model = train(held_out, seed, report)  # the training digits end with this call
@@ -83,7 +83,7 @@ def demo(bits: str = "w2a2", seed: int = 0, report: Report = silent) -> Mapping[
             DATA,
             bits,
             "dmkd",
-            config=dataclasses.replace(config, student=student),
+            config=dataclasses.replace(config, schedule=schedule),
             seed=seed,
             device="cpu",
             eval_file=held_out,

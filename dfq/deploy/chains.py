@@ -75,7 +75,7 @@ def _extend(chain: Chain, modules: Modules) -> bool:
         assert isinstance(carried, fx.Node)
         chain.add, chain.carried = module, carried
         chain.relu, chain.grid = module.relu, module.quantizer
-    elif isinstance(module, nn.ReLU) or follower.target in RELUS:
+    elif isinstance(module, nn.ReLU) or (module is None and follower.target in RELUS):
         chain.relu = True
     elif isinstance(module, nn.ReLU6):
         chain.relu, chain.ceiling = True, 6.0
