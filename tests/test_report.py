@@ -63,8 +63,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, value):
 
 
 def test_weight_collapse_is_said_once_in_one_line(caplog):
-    recorder = Recorder()
-    with caplog.at_level(logging.WARNING, "dfq"):
+    with caplog.at_level(logging.WARNING, "dfq"), Recorder() as recorder:
         recorder("fit", 10, 40, weight_entropy=0.06)
         assert not caplog.records
         for step in (20, 30, 40):
@@ -73,6 +72,16 @@ def test_weight_collapse_is_said_once_in_one_line(caplog):
     assert "teacher weights collapse" in record.message
     assert "\n" not in record.message
     assert recorder.warnings == [record.message]
+
+
+def test_warnings_of_every_stage_are_kept_while_it_is_open():
+    logger = logging.getLogger("dfq")
+    with Recorder() as recorder:
+        logger.warning("the %s cannot be traced", "model")
+        logger.info("all is well")
+    logger.warning("too late")
+    assert recorder.warnings == ["the model cannot be traced"]
+    assert not logger.handlers
 
 
 def test_time_is_counted_for_the_stage_that_ends(monkeypatch):

@@ -33,17 +33,20 @@ class Recorder:
 
     Attributes:
         seconds: time spent in each stage so far.
-        warnings: sentences logged so far.
+        warnings: what any stage has logged as a warning so far.
     """
 
     def __init__(self, report: Report = silent, path: Path | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
+        self._collapsed = False
+        self._keeper = _Keeper(self.warnings)
         self._report = report
         self._file: TextIO | None = path.open("w", encoding="utf-8") if path else None
         self._start = self._last = time.perf_counter()
 
     def __enter__(self) -> Recorder:
+        logger.addHandler(self._keeper)
         return self
 
     def __exit__(
@@ -52,6 +55,7 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        logger.removeHandler(self._keeper)
         if self._file:
             self._file.close()
 
@@ -75,8 +79,9 @@ class Recorder:
                     f"{name} became {value} at step {step} of {steps} of {stage}; "
                     "lower the learning rates or try another seed."
                 )
-        if values.get("weight_entropy", 1.0) < COLLAPSED and not self.warnings:
-            self._warn(
+        if values.get("weight_entropy", 1.0) < COLLAPSED and not self._collapsed:
+            self._collapsed = True
+            logger.warning(
                 f"the teacher weights collapse: their entropy is {values['weight_entropy']:.3f} "
                 f"of its maximum at step {step} of {stage}, so one teacher decides alone."
             )
@@ -86,6 +91,14 @@ class Recorder:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
 
-    def _warn(self, sentence: str) -> None:
-        self.warnings.append(sentence)
-        logger.warning(sentence)
+
+class _Keeper(logging.Handler):
+    """Appends every warning to a list."""
+
+    def __init__(self, sentences: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.sentences = sentences
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the sentence."""
+        self.sentences.append(record.getMessage())
