@@ -142,17 +142,23 @@ def _drop(drop: float, seed: Tensor | None) -> tuple[Tensor, int] | None:
     return (seed, 2**8 * threshold - 1) if threshold and seed is not None else None
 
 
+def finish_constants(channels: int) -> dict[str, int]:
+    """What a program of the second stage takes at a time."""
+    width = min(32, triton.next_power_of_2(channels))
+    return {"PARTS": PARTS // width, "CHANNELS": width}
+
+
 def _finish(sums: list[Tensor | None], scale: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """The second stage: the gradients of scale and zero_point, where there are sums of them."""
     dscale, dzero_point = (scale.new_empty(scale.shape) for _ in sums)
     if sums != [None, None]:
         channels = scale.numel()
-        width = min(32, triton.next_power_of_2(channels))
         targets = (
             t if part is not None else None
             for t, part in zip((dscale, dzero_point), sums, strict=True)
         )
         args = *sums, scale, scale.stride(0), *targets, tiling.parts // tiling.run, channels
-        constants = {"RUN": tiling.run, "PARTS": PARTS // width, "CHANNELS": width}
-        launch(kernels.finish_backward, triton.cdiv(channels, width), scale, *args, **constants)
+        constants = finish_constants(channels)
+        programs = triton.cdiv(channels, constants["CHANNELS"])
+        launch(kernels.finish_backward, programs, scale, *args, RUN=tiling.run, **constants)
     return dscale, dzero_point

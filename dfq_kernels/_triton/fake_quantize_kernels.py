@@ -21,103 +21,13 @@ to draw so many words at once: 4 or 8, else 1.
 import triton
 import triton.language as tl
 
-from dfq_kernels._triton import arithmetic
-from dfq_kernels._triton.layout import offsets
-
-
-@triton.jit
-def _grid_of(channel, mask, parameters):
-    scale, scale_stride, zero_point, zero_point_stride, channels, quant_min, quant_max = parameters
-    channel %= channels
-    step = tl.load(scale + channel * scale_stride, mask=mask, other=1.0)
-    zero = tl.load(zero_point + channel * zero_point_stride, mask=mask, other=0.0)
-    return arithmetic.make_grid(step, zero, quant_min, quant_max)
-
-
-@triton.jit
-def _row_grid(row, mask, parameters):
-    inverse, scale, low, high = _grid_of(row, mask, parameters)
-    return inverse[:, None], scale[:, None], low[:, None], high[:, None]
-
-
-@triton.jit
-def _column_grid(column, mask, parameters):
-    inverse, scale, low, high = _grid_of(column, mask, parameters)
-    return inverse[None, :], scale[None, :], low[None, :], high[None, :]
-
-
-@triton.jit
-def _words(key, position, WORDS: tl.constexpr, SHAPE: tl.constexpr):
-    """A word for each element of a tile, from the positions of every WORDS-th: all of a thread."""
-    a, b, c, d = arithmetic.four_words(key, position >> 2)
-    if WORDS == 4:
-        word = tl.join(tl.join(a, c), tl.join(b, d))
-    else:
-        e, f, g, h = arithmetic.four_words(key, (position >> 2) + 1)
-        even = tl.join(tl.join(a, e), tl.join(c, g))
-        word = tl.join(even, tl.join(tl.join(b, f), tl.join(d, h)))
-    return word.reshape(SHAPE)
-
-
-@triton.jit
-def _stays(drop, row, first, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of a tile QDrop leaves alone; ``row`` [R, 1] is where the rows begin."""
-    seed, largest = drop
-    key = tl.load(seed)
-    if WORDS == 1:
-        position = row + first + tl.arange(0, COLUMNS)[None, :]
-        a, b, c, d = arithmetic.four_words(key, position >> 2)
-        even = tl.where((position & 2) == 0, a, c)
-        odd = tl.where((position & 2) == 0, b, d)
-        word = tl.where((position & 1) == 0, even, odd)
-    else:
-        every = WORDS * tl.arange(0, COLUMNS // WORDS)[None, :]
-        word = _words(key, row + first + every, WORDS, (row.shape[0], COLUMNS))
-    return word <= tl.cast(largest, tl.uint32)
-
-
-@triton.jit
-def _forward_tile(x, y, mask, grid, drop, row, first, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tile at the columns from ``first`` on of rows that begin at ``row`` in memory."""
-    value = tl.load(x, mask=mask)
-    result = arithmetic.fake_quantize(value.to(tl.float32), grid).to(value.dtype)
-    if drop is not None:
-        result = tl.where(_stays(drop, row, first, WORDS, COLUMNS), value, result)
-    tl.store(y, result, mask=mask)
-
-
-@triton.jit
-def _backward_tile(
-    grad, x, dx, mask, grid, drop, row, first, WORDS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """As forward; ``dx`` may be None. Returns the terms of the two sums."""
-    raw, value = tl.load(grad, mask=mask, other=0.0), tl.load(x, mask=mask, other=0.0)
-    inside, for_scale, for_zero_point = arithmetic.fake_quantize_backward(
-        raw.to(tl.float32), value.to(tl.float32), grid
-    )
-    if drop is not None:
-        stays = _stays(drop, row, first, WORDS, COLUMNS)
-        inside = inside | stays
-        for_scale = tl.where(stays, 0.0, for_scale)
-        for_zero_point = tl.where(stays, 0.0, for_zero_point)
-    if dx is not None:
-        tl.store(dx, tl.where(inside, raw, 0.0), mask=mask)
-    return for_scale, for_zero_point
-
-
-@triton.jit
-def _input(
-    x, row, first, walk, index: tl.constexpr,
-    CONTIGUOUS: tl.constexpr, VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Pointers into input ``index`` at rows [R, 1] and the columns from ``first`` on."""
-    _, row_sizes, row_strides, _, column_sizes, column_strides, _, _ = walk
-    column = tl.arange(0, COLUMNS)
-    if CONTIGUOUS:
-        x += first
-    else:
-        column = offsets(first + column, column_sizes, column_strides[index])
-    return x + offsets(row, row_sizes, row_strides[index]) * VECTOR + column[None, :]
+from dfq_kernels._triton.fake_quantize_tiles import (
+    backward_tile,
+    column_grid,
+    forward_tile,
+    pointers,
+    row_grid,
+)
 
 
 @triton.jit
@@ -127,24 +37,36 @@ def rows_forward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, column tile)."""
+    rows_forward_program(
+        tl.program_id(0), x, y, parameters, drop, walk,
+        CONTIGUOUS, WIDE, VECTOR, WORDS, ROWS, COLUMNS, FLAT, REST,
+    )  # fmt: skip
+
+
+@triton.jit
+def rows_forward_program(
+    split, x, y, parameters, drop, walk,
+    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     rows, length, splits = walk[0], walk[3] * VECTOR, walk[7]
-    row, split = tl.arange(0, ROWS), tl.program_id(0)
+    row = tl.arange(0, ROWS)
     if not FLAT:
         row += split // splits * ROWS
         split %= splits
     first = (split.to(tl.int64) if WIDE else split) * COLUMNS
-    grid = _row_grid(row, row < rows, parameters)
+    grid = row_grid(row, row < rows, parameters)
     row = row.to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (first + column < length)
-    source = _input(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
+    source = pointers(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
     target = (y + first) + row * length + column
-    _forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
+    forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
     if REST:  # a constant  # noqa: SIM102
         if split == splits - 1:
             rest = length + tl.arange(0, VECTOR)[None, :]
             mine = rest < walk[4][0]
-            _forward_tile(x + rest, y + rest, mine, grid, drop, row * 0, length, WORDS, VECTOR)
+            forward_tile(x + rest, y + rest, mine, grid, drop, row * 0, length, WORDS, VECTOR)
 
 
 @triton.jit
@@ -159,14 +81,14 @@ def columns_forward(
     first = tl.program_id(0) % across * COLUMNS
     first = first.to(tl.int64) if WIDE else first
     column = first + tl.arange(0, COLUMNS)
-    grid = _column_grid(column // RUN, column < length, parameters)
+    grid = column_grid(column // RUN, column < length, parameters)
     begin = (tl.program_id(0) // across).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
         row = (begin + tile * ROWS + tl.arange(0, ROWS))[:, None]
         mask = (row < rows) & (column < length)[None, :]
-        source = _input(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
+        source = pointers(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
         target = (y + first) + row * length + tl.arange(0, COLUMNS)[None, :]
-        _forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
+        forward_tile(source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS)
 
 
 @triton.jit
@@ -179,25 +101,37 @@ def rows_backward(
 
     The sums go to [row // channels, split, row % channels].
     """
+    rows_backward_program(
+        tl.program_id(0), grad, x, dx, for_scale, for_zero_point, parameters, drop, walk,
+        CONTIGUOUS, WIDE, VECTOR, WORDS, ROWS, COLUMNS, FLAT, REST,
+    )  # fmt: skip
+
+
+@triton.jit
+def rows_backward_program(
+    split, grad, x, dx, for_scale, for_zero_point, parameters, drop, walk,
+    CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     rows, length, tiles, splits = walk[0], walk[3] * VECTOR, walk[6], walk[7]
-    row, split = tl.arange(0, ROWS), tl.program_id(0)
+    row = tl.arange(0, ROWS)
     if not FLAT:
         row += split // splits * ROWS
         split %= splits
-    grid = _row_grid(row, row < rows, parameters)
+    grid = row_grid(row, row < rows, parameters)
     row = row.to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     scale_terms = tl.zeros((ROWS, COLUMNS), tl.float32)
     zero_point_terms = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tiles):
         first = ((split.to(tl.int64) if WIDE else split) * tiles + tile) * COLUMNS
-        upstream = _input(grad, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
-        source = _input(x, row, first, walk, 1, CONTIGUOUS, VECTOR, COLUMNS)
+        upstream = pointers(grad, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
+        source = pointers(x, row, first, walk, 1, CONTIGUOUS, VECTOR, COLUMNS)
         target = None
         if dx is not None:
             target = (dx + first) + row * length + column
         mask = (row < rows) & (first + column < length)
-        more = _backward_tile(
+        more = backward_tile(
             upstream, source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS
         )
         scale_terms += more[0]
@@ -211,7 +145,7 @@ def rows_backward(
             end = None
             if dx is not None:
                 end = dx + rest
-            last = _backward_tile(
+            last = backward_tile(
                 grad + rest, x + rest, end, mine, grid, drop, row * 0, length, WORDS, VECTOR
             )
             scale_sums += tl.sum(last[0], 1, keep_dims=True)
@@ -236,19 +170,19 @@ def columns_backward(
     first = tl.program_id(0) % across * COLUMNS
     first = first.to(tl.int64) if WIDE else first
     column = first + tl.arange(0, COLUMNS)
-    grid = _column_grid(column // RUN, column < length, parameters)
+    grid = column_grid(column // RUN, column < length, parameters)
     split = (tl.program_id(0) // across).to(tl.int64)
     scale_terms = tl.zeros((ROWS, COLUMNS), tl.float32)
     zero_point_terms = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(tiles):
         row = ((split * tiles + tile) * ROWS + tl.arange(0, ROWS))[:, None]
-        upstream = _input(grad, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
-        source = _input(x, row, first, walk, 1, CONTIGUOUS, VECTOR, COLUMNS)
+        upstream = pointers(grad, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
+        source = pointers(x, row, first, walk, 1, CONTIGUOUS, VECTOR, COLUMNS)
         target = None
         if dx is not None:
             target = (dx + first) + row * length + tl.arange(0, COLUMNS)[None, :]
         mask = (row < rows) & (column < length)[None, :]
-        more = _backward_tile(
+        more = backward_tile(
             upstream, source, target, mask, grid, drop, row * length, first, WORDS, COLUMNS
         )
         scale_terms += more[0]
@@ -266,7 +200,18 @@ def finish_backward(
     RUN: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Sum [parts, channels, RUN] over parts and RUN in float64, in one order."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    finish_program(
+        tl.program_id(0), for_scale, for_zero_point, scale, scale_stride, dscale, dzero_point,
+        parts, channels, RUN, PARTS, CHANNELS,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_program(
+    program, for_scale, for_zero_point, scale, scale_stride, dscale, dzero_point, parts, channels,
+    RUN: tl.constexpr, PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    channel = program * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
     if dscale is not None:
         total = _total(for_scale, channel, parts, channels, RUN, PARTS)
