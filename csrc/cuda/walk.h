@@ -82,7 +82,8 @@ class Walker {
   };
 
   DFQ_DEVICE void load_channels(const Blocks& blocks, const Place& at, int64_t column) {
-    int64_t run = quotient(column, blocks.run), within = column - run * blocks.run;
+    const int64_t run = quotient(column, blocks.run);
+    int64_t within = column - run * blocks.run;
     int64_t channel = blocks.channel(at, run);
     channel_[0] = op_.channel(channel);
 #pragma unroll
@@ -90,7 +91,6 @@ class Walker {
       channel_[lane] = channel_[lane - 1];
       if (++within == blocks.run) {
         within = 0;
-        ++run;
         channel = channel + 1 == blocks.channels ? 0 : channel + 1;
         channel_[lane] = op_.channel(channel);
       }
@@ -108,11 +108,11 @@ class Walker {
       return;
     }
     const int64_t at = base_ + position;
+    const int count = part(position, size);
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) {
-      fetched.input[i] = position + kVector <= size
-                             ? source_.template vector<T>(i, at)
-                             : source_.template part<T>(i, at, static_cast<int>(size - position));
+      fetched.input[i] = count == kVector ? source_.template vector<T>(i, at)
+                                          : source_.template part<T>(i, at, count);
     }
   }
 

@@ -133,6 +133,25 @@ def test_cuda_prefers_compiled_once_proven(triton_kernels, monkeypatch):
     assert _backend._order("fake_quantize", "cuda")[0] == "triton"
 
 
+def test_an_op_with_no_cuda_kernel_is_absent(monkeypatch):
+    """_C_cpu.so defines the ops for every device; _C_cuda.so need not have all of them."""
+    if not _backend._load_library("cpu"):
+        pytest.skip("the compiled kernels are not in this install")
+    monkeypatch.setattr(_backend, "_load_library", lambda device: True)
+    assert _backend.variant("quantize", "compiled", "cpu") is not None
+    assert _backend.variant("quantize", "compiled", "cuda") is None
+
+
+def test_cuda_needs_the_library_that_defines_the_ops(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        _backend, "_library_path", lambda device: tmp_path / _backend.LIBRARIES[device]
+    )
+    (tmp_path / "_C_cuda.so").write_bytes(b"not a library")
+    assert _backend.variant("fake_quantize", "compiled", "cuda") is None
+    assert "dfq_kernels/_C_cpu.so is not there" in _backend._why_not("compiled", "cuda")
+
+
 def test_broken_triton_kernels_raise(triton_kernels):
     (triton_kernels / "fake_quantize.py").write_text("import no_such_module\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
