@@ -14,9 +14,9 @@ from typing import Any
 from dfq.types import DataSpec, InputError, QuantSpec
 
 __version__ = "0.1.0"
-__all__ = ["DataSpec", "InputError", "QuantSpec", "__version__", "quantize"]
+__all__ = ["DataSpec", "InputError", "QuantSpec", "__version__", "load", "quantize"]
 
-_LAZY = {"quantize": "dfq.pipeline"}  # these need torch; importing dfq does not
+_LAZY = {"load": "dfq.deploy", "quantize": "dfq.pipeline"}  # these need torch; dfq does not
 
 
 def __getattr__(name: str) -> Any:

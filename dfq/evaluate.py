@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def evaluate(
         InputError: as :func:`check`.
     """
     images.check(path, data)
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers())).device  # packed ones have buffers
     mean, std = _column(data.mean, 0.0, data, device), _column(data.std, 1.0, data, device)
     answers, labels = [], []
     with _eval_mode(model), torch.no_grad():

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfq import deploy
+from dfq.deploy import PackedModel
 from dfq.evaluate import evaluate
 from dfq.methods import METHODS
 from dfq.models import freeze
@@ -21,10 +23,13 @@ from dfq.pipeline.provenance import commit, file_sha256, state_sha256, versions
 from dfq.pipeline.request import Request, resolve
 from dfq.prepare import calibrate, describe, prepare
 from dfq.report import Recorder
-from dfq.types import DataSpec, Images, Report, silent
+from dfq.types import DataSpec, Images, InputError, Report, silent
 
 # what result.json says first, and null where nothing was measured
-MEASURED = ("float_top1", "nearest_top1", "student_top1", "agreement", "evaluation")
+MEASURED = (
+    *("float_top1", "nearest_top1", "student_top1", "packed_top1"),
+    *("agreement", "evaluation"),
+)
 
 
 @dataclass
@@ -40,6 +45,15 @@ class Run:
     student: nn.Module
     images: Images
     results: dict[str, Any]
+
+    def freeze(self) -> PackedModel:
+        """The student as integers, for the low-bit kernels; see :func:`dfq.deploy.freeze`.
+
+        Raises:
+            InputError: the graph of the model cannot be told, or not be run as data.
+        """
+        channels, height, width = self.results["data"]["shape"]
+        return deploy.freeze(self.student, (channels, height, width))
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write the run folder.
@@ -195,11 +209,15 @@ def _prepare(teacher: nn.Module, data: DataSpec, request: Request) -> nn.Module:
 
 
 def _measure(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> None:
-    """Put the accuracies of float, nearest and student into the results of ``run``."""
+    """Put the accuracies of float, nearest, student and packed into the results of ``run``."""
     assert request.eval_file
     nearest = _prepare(teacher, data, request)
     calibrate(nearest, run.images.images)
     models = {"float": teacher, "nearest": nearest, "student": run.student}
+    try:
+        models["packed"] = run.freeze()
+    except InputError as error:
+        run.results["warnings"].append(f"no packed model: {error}")
     found = {name: evaluate(m, request.eval_file, data) for name, m in models.items()}
     evaluation: dict[str, Any] = {
         "file": str(request.eval_file),

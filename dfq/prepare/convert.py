@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dfq.prepare.adds import QAdd, quantize_adds
 from dfq.prepare.frozen import evaluating, freeze_batch_norm
 from dfq.prepare.fusion import fuse_relus
 from dfq.prepare.grid import range_to_scale
@@ -24,6 +25,7 @@ Bits = tuple[int, int]  # of weights, of activations
 Overrides = Mapping[str, str | int | None]
 
 BRECQ_EDGE_BITS = 8  # BRECQ, arXiv:2102.05426, section 4
+SUM_BITS = 8  # of residual additions, whatever the bits: a byte in memory, and next to no error
 
 
 def parse_bits(bits: str) -> Bits:
@@ -51,11 +53,11 @@ def prepare(
     """A trainable deep copy of ``model`` whose layers are quantized; ``calibrate`` it next.
 
     Every parameter requires grad, BatchNorm stays in eval mode (``Frozen``), ``model`` is left as
-    it was. Layers are found as modules, never by tracing: residual adds, concatenations and what
-    is computed by functions stay float.
+    it was. Layers are found as modules, never by tracing; what else is computed stays float.
 
     - ``brecq``: every ``nn.Conv2d`` and ``nn.Linear`` gets a weight grid per output channel and an
-      input grid per tensor; the first and the last layer have 8 bits for both.
+      input grid per tensor; the first and the last layer have 8 bits for both. Residual additions
+      get grids of 8 bits where the graph of the model can be traced, and stay float elsewhere.
     - ``gdfq``: every weight at the target bits, and the output of every ``nn.ReLU`` and
       ``nn.ReLU6``. The network's input and tensors without a ReLU stay float.
 
@@ -108,6 +110,8 @@ def prepare(
         replacements |= _quantized_relus(student, chosen, target, scales)
     student = _replace(student, replacements).requires_grad_(True)
     fuse_relus(student)
+    if protocol == "brecq":
+        student = quantize_adds(student, _activation_spec(SUM_BITS), scales=scales)
     quantize_weights_together(student)
     return student
 
@@ -118,7 +122,7 @@ class Row(NamedTuple):
     name: str
     kind: str
     weight_bits: int | None
-    input_bits: int | None  # of QReLU: of its output
+    input_bits: int | None  # of QReLU and QAdd: of the output
 
 
 def describe(student: nn.Module) -> list[Row]:
@@ -130,7 +134,7 @@ def describe(student: nn.Module) -> list[Row]:
             inputs = module.input_quantizer
             bits = None if inputs is None else inputs.spec.bits
             rows.append(Row(name, kind, module.weight_quantizer.spec.bits, bits))
-        elif isinstance(module, QReLU):
+        elif isinstance(module, QReLU | QAdd):
             rows.append(Row(name, kind, None, module.quantizer.spec.bits))
         elif any(p.ndim > 1 for p in module.parameters(recurse=False)):
             rows.append(Row(name, kind, None, None))

@@ -115,14 +115,21 @@ class _Warnings(logging.Handler):
 
 
 def accuracy_table(results: Mapping[str, Any]) -> Table:
-    """Float, nearest and student in one table, from a run's results."""
+    """Float, nearest, student and packed in one table, from a run's results."""
     measured = results["evaluation"]
     table = Table(title=f"{results['bits']}, top-1 on {measured['images']} held-out images")
     table.add_column("model")
     for column in ("top-1 %", "95 % interval", "same answer as float %"):
         table.add_column(column, justify="right")
-    names = {"float": "float", "nearest": "nearest, no learning", "student": results["method"]}
+    names = {
+        "float": "float",
+        "nearest": "nearest, no learning",
+        "student": results["method"],
+        "packed": f"{results['method']}, as integers",
+    }
     for key, name in names.items():
+        if key not in measured:  # a student that cannot be packed
+            continue
         row = measured[key]
         interval = f"{row['low']:.1f} .. {row['high']:.1f}"
         style = "bold" if key == "student" else None

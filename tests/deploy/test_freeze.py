@@ -6,19 +6,15 @@ from torch import nn
 
 from dfq.deploy import freeze
 from dfq.prepare import calibrate, prepare
-from dfq.prepare.adds import quantize_adds
 from dfq.types import InputError, QuantSpec
 from tests.deploy.nets import NETS, build
 from tests.prepare.test_fusion import Untraceable
 
 IMAGE = (3, 8, 8)
-SUM = QuantSpec(8, symmetric=False, signed=False)
 
 
 def student_of(name, bits="w4a4", **options):
     student = prepare(build(name), bits, **options)
-    if options.get("protocol") != "gdfq":
-        student = quantize_adds(student, SUM, scales=options.get("scales", "learned"))
     calibrate(student, images())
     return student.eval()
 
