@@ -1,6 +1,6 @@
 """DDAQ: dual-discriminator adversarial quantization.
 
-Liu et al., Neurocomputing 511, 2022. One generator follows two discriminators: the first wants the
+Neurocomputing 511, 2022, pages 67-77. One generator follows two discriminators: the first wants the
 images to match the BatchNorm statistics of the float model, the second wants them to show where
 float and quantized model differ; a prior of how much each layer matters is part of both. The
 student then learns from the float model on these images.
