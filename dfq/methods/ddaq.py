@@ -1,4 +1,4 @@
-"""DDAQ: dual-discriminator adversarial quantization.
+"""DDAQ: dual-discriminator adversarial framework for data-free quantization.
 
 Neurocomputing 511, 2022, pages 67-77. One generator follows two discriminators: the first wants the
 images to match the BatchNorm statistics of the float model, the second wants them to show where

@@ -1,6 +1,6 @@
 """DMKD: data-free low-bit quantization by dynamic multi-teacher knowledge distillation.
 
-Huang et al., PRCV 2023, doi:10.1007/978-981-99-8543-2_3. A generator makes the images; the float
+PRCV 2023, doi:10.1007/978-981-99-8543-2_3. A generator makes the images; the float
 model and high-bit quantized copies of it teach one low-bit student; a tiny full-precision network,
 trained along, says how much each teacher counts.
 
