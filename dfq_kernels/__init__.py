@@ -15,6 +15,7 @@ from dfq_kernels.packing import pack_int4, unpack_int4
 from dfq_kernels.qconv2d import Window, qconv2d
 from dfq_kernels.qlinear import qlinear
 from dfq_kernels.quantize import dequantize, quantize
+from dfq_kernels.requantize import requantize
 
 __all__ = [
     "Epilogue",
@@ -33,5 +34,6 @@ __all__ = [
     "qconv2d",
     "qlinear",
     "quantize",
+    "requantize",
     "unpack_int4",
 ]

@@ -7,7 +7,21 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dfq_kernels import _backend, batch_norm, batch_norm_statistics, fake_quantize
+from dfq_kernels import (
+    Epilogue,
+    Int8Grid,
+    Window,
+    _backend,
+    batch_norm,
+    batch_norm_statistics,
+    fake_quantize,
+    fake_quantize_all,
+    integer_weight,
+    qconv2d,
+    qlinear,
+    quantize,
+    requantize,
+)
 
 SHAPES = ((3, 8, 16, 16), (2, 5, 7, 3), (1, 1, 1, 1), (4, 33, 31, 1))  # [B, C, H, W]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -91,8 +105,54 @@ def _batch_norm_statistics(x: Tensor, grad: Tensor) -> Results:
     yield from (("mean sum", mean), ("var sum", var))
 
 
+def _fake_quantize_all(x: Tensor, grad: Tensor) -> Results:
+    xs = [x.contiguous().requires_grad_(), x[:1].float().contiguous().requires_grad_()]
+    scales = [torch.linspace(0.1, 0.4, len(t), device=x.device).requires_grad_() for t in xs]
+    zeros = [torch.zeros_like(scale) for scale in scales]
+    ys = fake_quantize_all(xs, scales, zeros, [-8, -2], [7, 1])
+    yield from (("y", y) for y in ys)
+    first, second, *sums = torch.autograd.grad(ys, (*xs, *scales), (grad, grad[:1].float()))
+    yield from (("dx", first), ("dx", second), *(("dscale sum", each) for each in sums))
+
+
+def _codes(x: Tensor, zero_point: float, quant_max: int, offset: int) -> Tensor:
+    scale = torch.tensor([0.25], device=x.device)
+    return quantize(x, scale, scale * 0 + zero_point, 0, quant_max, offset)
+
+
+def _quantize(x: Tensor, grad: Tensor) -> Results:
+    yield from (("4 bits", _codes(x, 3, 15, 3)), ("8 bits", _codes(x, 100, 255, 128)))
+
+
+def _requantize(x: Tensor, grad: Tensor) -> Results:
+    yield "codes", requantize(_codes(x, 100, 255, 128), (0.25, 1.7), -28, Int8Grid(0, 0, 15))
+
+
+def _qconv2d(x: Tensor, grad: Tensor) -> Results:
+    values = _codes(grad[:1, :, :3, :1], 8, 15, 8).permute(0, 2, 3, 1).contiguous()
+    ones = torch.ones(1, device=x.device)
+    window = Window(padding=(values.shape[1] // 2, 0))
+    for four_bits in (False, True):
+        weight = integer_weight(values, four_bits=four_bits)
+        for grid in (None, Int8Grid(-3, -128, 127)):
+            epilogue = Epilogue(ones / 7, ones / 3, relu=grid is None, grid=grid)
+            yield "y", qconv2d(_codes(x, 3, 15, 0), weight, epilogue, window, x_zero=3)
+
+
+def _qlinear(x: Tensor, grad: Tensor) -> Results:
+    codes = _codes(x.flatten(1), 100, 255, 128)
+    weight = integer_weight(_codes(grad.flatten(1), 100, 255, 128))
+    epilogue = Epilogue(torch.full((len(grad),), 0.01, device=x.device))
+    yield "y", qlinear(codes, weight, epilogue, x_zero=-28)
+
+
 CASES: dict[str, Case] = {
     "fake_quantize": _fake_quantize,
+    "fake_quantize_all": _fake_quantize_all,
     "batch_norm": _batch_norm,
     "batch_norm_statistics": _batch_norm_statistics,
+    "quantize": _quantize,
+    "requantize": _requantize,
+    "qconv2d": _qconv2d,
+    "qlinear": _qlinear,
 }

@@ -13,7 +13,7 @@ from dfq.deploy.program import Grid
 from dfq.prepare.layers import QConv2d
 from dfq.prepare.quantizer import Quantizer
 from dfq.types import InputError
-from dfq_kernels.integer import integer_weight
+from dfq_kernels import integer_weight
 
 PACKED_BITS = 4  # up to so many, two weights share a byte
 

@@ -16,11 +16,19 @@ from torch import Tensor
 
 from dfq.deploy.program import Grid, Step
 from dfq.types import InputError
-from dfq_kernels import dequantize, quantize
-from dfq_kernels.integer import Epilogue, Int8Grid, IntegerWeight, Residual, prepack
-from dfq_kernels.qconv2d import Window, qconv2d
-from dfq_kernels.qlinear import qlinear
-from dfq_kernels.requantize import requantize
+from dfq_kernels import (
+    Epilogue,
+    Int8Grid,
+    IntegerWeight,
+    Residual,
+    Window,
+    dequantize,
+    prepack,
+    qconv2d,
+    qlinear,
+    quantize,
+    requantize,
+)
 
 Numbers = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
