@@ -288,3 +288,18 @@ def test_convolutions_of_a_teacher_run_in_channels_last():
     x = torch.randn(2, *DATA.shape)
     conv = next(m for m in teacher.modules() if isinstance(m, nn.Conv2d))
     assert conv(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_model_that_looks_at_strides_keeps_its_layout():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4 * 6 * 6, 4)
+
+        def forward(self, x):
+            return self.head(self.norm(self.conv(x)).view(len(x), -1))
+
+    model = Viewing().eval()
+    x = torch.randn(3, *DATA.shape)
+    assert torch.equal(freeze(model, DATA)(x), model(x))

@@ -1,7 +1,16 @@
 """Student in, integers out: ``freeze`` it, run it, save it, load it without its class, export."""
 
 from dfq.deploy.freeze import freeze
+from dfq.deploy.layers import PackedConv2d, PackedLinear, freeze_layers
 from dfq.deploy.onnx_graph import export_onnx
 from dfq.deploy.packed import PackedModel, load
 
-__all__ = ["PackedModel", "export_onnx", "freeze", "load"]
+__all__ = [
+    "PackedConv2d",
+    "PackedLinear",
+    "PackedModel",
+    "export_onnx",
+    "freeze",
+    "freeze_layers",
+    "load",
+]

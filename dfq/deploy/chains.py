@@ -27,7 +27,7 @@ class Chain:
 
     layer: Any  # QConv2d or QLinear
     source: Any  # node of its input
-    end: fx.Node  # whose value the step computes
+    end: Any  # node whose value the step computes
     integer: bool = True
     norm: Any = None
     relu: bool = False

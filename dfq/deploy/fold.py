@@ -73,7 +73,7 @@ def fold(chain: Chain, source: Grid, output: Grid | None, carried: Grid | None) 
         "zero": source.zero,
         "relu": chain.relu,
         "ceiling": chain.ceiling if output else None,
-        "grid": dataclasses.asdict(output) if output else None,
+        "grid": output.as_dict() if output else None,
         "bits": [
             layer.weight_quantizer.spec.bits,
             (source.quant_max - source.quant_min).bit_length(),

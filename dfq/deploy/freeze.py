@@ -8,7 +8,6 @@ integers stand for, as in the student.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -120,14 +119,14 @@ class _Compiler:
         if isinstance(module, QReLU) and module.maximum is not None:
             name = self._call("hardtanh", (name,), 0.0, module.maximum)
         grid = grid_of(module.quantizer)
-        self.codes[node, grid] = self._add("quantize", (name,), {"grid": _stored(grid)})
+        self.codes[node, grid] = self._add("quantize", (name,), {"grid": grid.as_dict()})
         self.grids[node] = grid
 
     def _moved_or_called(self, node: fx.Node, call: Call) -> None:
         source: Any = call.inputs[0] if call.inputs else None
         if call.averages_maps and source in self.grids:
             grid = self.grids[source]
-            numbers = {"grid": _stored(grid), "keepdim": call.function != "mean"}
+            numbers = {"grid": grid.as_dict(), "keepdim": call.function != "mean"}
             self.floats[node] = self._add("mean", (self._codes(source, grid),), numbers)
             return
         grids = [grid for of, grid in self.codes if of is source]
@@ -190,10 +189,10 @@ class _Compiler:
         if (node, grid) not in self.codes:
             own = self.grids.get(node)
             if own is not None:
-                numbers = {"from": _stored(own), "grid": _stored(grid)}
+                numbers = {"from": own.as_dict(), "grid": grid.as_dict()}
                 name = self._add("requantize", (self.codes[node, own],), numbers)
             else:
-                name = self._add("quantize", (self._float(node),), {"grid": _stored(grid)})
+                name = self._add("quantize", (self._float(node),), {"grid": grid.as_dict()})
             self.codes[node, grid] = name
         return self.codes[node, grid]
 
@@ -207,7 +206,7 @@ class _Compiler:
         return self.floats[node]
 
     def _dequantize(self, codes: str, grid: Grid) -> str:
-        return self._add("dequantize", (codes,), {"grid": _stored(grid)})
+        return self._add("dequantize", (codes,), {"grid": grid.as_dict()})
 
     def _alias(self, node: fx.Node, source: Any) -> None:
         if source in self.floats:
@@ -244,7 +243,3 @@ class _Compiler:
                 f"the model returns {type(result).__name__}; a stored model returns one tensor."
             )
         return self._float(result)
-
-
-def _stored(grid: Grid) -> dict[str, Any]:
-    return dataclasses.asdict(grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -30,8 +30,12 @@ class Grid:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Grid:
-        """Of ``dataclasses.asdict``."""
+        """Of ``as_dict``."""
         return cls(**stored)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Scale and zero_point, each [1], as the ops of dfq_kernels take them."""

@@ -50,7 +50,8 @@ class Run:
         """The student as integers, for the low-bit kernels; see :func:`dfq.deploy.freeze`.
 
         Raises:
-            InputError: the graph of the model cannot be told, or not be run as data.
+            InputError: the graph of the model cannot be told, or not be run as data;
+                :func:`dfq.deploy.freeze_layers` then still freezes layer by layer.
         """
         channels, height, width = self.results["data"]["shape"]
         return deploy.freeze(self.student, (channels, height, width))
@@ -217,7 +218,8 @@ def _measure(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> 
     try:
         models["packed"] = run.freeze()
     except InputError as error:
-        run.results["warnings"].append(f"no packed model: {error}")
+        models["packed"] = deploy.freeze_layers(run.student)
+        run.results["warnings"].append(f"packed layer by layer: {error}")
     found = {name: evaluate(m, request.eval_file, data) for name, m in models.items()}
     evaluation: dict[str, Any] = {
         "file": str(request.eval_file),

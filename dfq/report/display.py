@@ -128,8 +128,6 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
         "packed": f"{results['method']}, as integers",
     }
     for key, name in names.items():
-        if key not in measured:  # a student that cannot be packed
-            continue
         row = measured[key]
         interval = f"{row['low']:.1f} .. {row['high']:.1f}"
         style = "bold" if key == "student" else None
