@@ -21,10 +21,12 @@ DFQ_DEVICE Pair<F> sum_over_lanes(Pair<F> sums, int group) {
 }
 
 // What a thread sums of a channel, or of each lane of its vectors. Other such types have the same
-// functions; theirs may depend on an origin, which all columns of a slot have in common.
+// functions: they may start from an x to expect, count, take an x that adds nothing (beside a
+// gradient of 0), and give terms that depend on an origin that all columns of a slot have.
 struct PlainSums : Pair<float> {
   DFQ_DEVICE void start(float) {}
   DFQ_DEVICE void end(int) {}
+  DFQ_DEVICE float nothing() const { return 0; }
   template <class Columns>
   static DFQ_DEVICE float origin(const PlainSums*, const Columns&, int, int) {
     return 0;

@@ -54,14 +54,20 @@ DFQ_DEVICE uint4 pack(const float (&values)[kLanes<T>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Intrinsics, because plain copies may be merged with those of a part, element by element.
+// Not plain copies: the compiler might merge them with those of a part, element by element.
 DFQ_DEVICE uint4 load_vector(const void* from) {
   DFQ_ASSERT_ALIGNED(from);
   return __ldg(static_cast<const uint4*>(from));
 }
 DFQ_DEVICE void store_vector(void* to, const uint4& vector) {
   DFQ_ASSERT_ALIGNED(to);
-  __stwb(static_cast<uint4*>(to), vector);
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(vector.x), "r"(vector.y),
+               "r"(vector.z), "r"(vector.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = vector;
+#endif
 }
 
 // An unsigned integer as wide as T.

@@ -21,6 +21,7 @@ namespace dfq {
 
 struct NoSums {
   DFQ_DEVICE void start(float) {}
+  DFQ_DEVICE float nothing() const { return 0; }
 };
 
 struct Element {
@@ -39,28 +40,28 @@ class Walker {
   static constexpr int kAhead = Source::kAhead;
 
   DFQ_DEVICE Walker(const Op& op, const Source& source, const Blocks& blocks, const Place& at)
-      : op_(op), source_(source), base_(at.piece * blocks.size) {
+      : op_(op), source_(source), end_((at.piece + 1) * blocks.size) {
     const int64_t column = at.column + static_cast<int64_t>(threadIdx.x) * kVector;
-    int64_t position = at.begin + column;
+    int64_t position = at.piece * blocks.size + at.begin + column;
     if (static_cast<int>(threadIdx.x) >= blocks.threads || column >= blocks.width ||
-        position >= blocks.size) {
+        position >= end_) {
       return;
     }
     Vectors next[kAhead + 1];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      fetch(next[i], i < at.steps, position + i * blocks.width, blocks.size);
+      fetch(next[i], i < at.steps, position + i * blocks.width);
     }
     load_channels(blocks, at, column);
     DFQ_ROLLED
-    for (int step = 0; step < at.steps && position < blocks.size; ++step) {
-      fetch(next[kAhead], step + kAhead < at.steps, position + kAhead * blocks.width, blocks.size);
+    for (int step = 0; step < at.steps && position < end_; ++step) {
+      fetch(next[kAhead], step + kAhead < at.steps, position + kAhead * blocks.width);
       if (step == 0) {
         const bool both =
-            kAhead > 0 && at.steps > 1 && position + blocks.width + kVector <= blocks.size;
-        start(next[0], next[kAhead > 0], both, part(position, blocks.size));
+            kAhead > 0 && at.steps > 1 && count_at(position + blocks.width) == kVector;
+        start(next[0], next[kAhead > 0], both, count_at(position));
       }
-      visit(next[0], position, blocks.size);
+      visit(next[0], position);
       position += blocks.width;
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -97,41 +98,50 @@ class Walker {
     }
   }
 
-  // How many elements of a vector there are.
-  static DFQ_DEVICE int part(int64_t position, int64_t size) {
-    return position + kVector <= size ? kVector : static_cast<int>(size - position);
+  // How many elements of a vector are in the piece: at its end fewer than elsewhere, or none.
+  DFQ_DEVICE int count_at(int64_t position) const {
+    return position + kVector <= end_ ? kVector : static_cast<int>(end_ - position);
   }
 
-  // The vectors at a position, if it is wanted and there; at the end of a piece a part of them.
-  DFQ_DEVICE void fetch(Vectors& fetched, bool wanted, int64_t position, int64_t size) const {
-    if (!wanted || position >= size) {
+  // The vectors at a position, if it is wanted and there.
+  DFQ_DEVICE void fetch(Vectors& fetched, bool wanted, int64_t position) const {
+    if (!wanted || position >= end_) {
       return;
     }
-    const int64_t at = base_ + position;
-    const int count = part(position, size);
+    const int count = count_at(position);
 #pragma unroll
     for (int i = 0; i < Op::kInputs; ++i) {
-      fetched.input[i] = count == kVector ? source_.template vector<T>(i, at)
-                                          : source_.template part<T>(i, at, count);
+      fetched.input[i] = count == kVector ? source_.template vector<T>(i, position)
+                                          : source_.template part<T>(i, position, count);
     }
   }
 
-  DFQ_DEVICE void visit(const Vectors& vectors, int64_t position, int64_t size) {
+  DFQ_DEVICE void visit(const Vectors& vectors, int64_t position) {
     float x[kVector], grad[kVector], out[kVector];
     unpack<T>(vectors.input[0], x);
     if constexpr (Op::kInputs == 2) {
       unpack<T>(vectors.input[1], grad);
     }
-    const int64_t at = base_ + position;
-    const int count = part(position, size);
+    const int count = count_at(position);
     const bool whole = count == kVector;
-    visit_elements(at, x, grad, out, count);
+    if (!whole) {
+      leave_out(count, x);
+    }
+    visit_elements(position, x, grad, out);
     visited_ += whole;
     part_ = whole ? 0 : count;
     if (op_.out && whole) {
-      source_.template store<T>(op_.out, at, pack<T>(out));
+      source_.template store<T>(op_.out, position, pack<T>(out));
     } else if (op_.out) {
-      source_.template store_part<T>(op_.out, at, pack<T>(out), count);
+      source_.template store_part<T>(op_.out, position, pack<T>(out), count);
+    }
+  }
+
+  // What is not there adds nothing to the sums; a gradient that is not there is 0.
+  DFQ_DEVICE void leave_out(int count, float (&x)[kVector]) const {
+#pragma unroll
+    for (int lane = 0; lane < kVector; ++lane) {
+      x[lane] = lane < count ? x[lane] : sums_[kEach ? lane : 0].nothing();
     }
   }
 
@@ -155,32 +165,34 @@ class Walker {
     }
   }
 
-  DFQ_DEVICE void visit_elements(int64_t at, const float (&x)[kVector],
-                                 const float (&grad)[kVector], float (&out)[kVector], int count) {
-    bool stays[kVector] = {};
+  DFQ_DEVICE void visit_elements(int64_t position, const float (&x)[kVector],
+                                 const float (&grad)[kVector], float (&out)[kVector]) {
+    bool stays[kVector];
     if constexpr (Op::kDrops) {
       if (op_.threshold > 0) {
-        draw(at, stays);
+        draw(position, stays);
+        return visit_elements<true>(x, grad, stays, out);
       }
     }
+    visit_elements<false>(x, grad, stays, out);
+  }
+  template <bool kDrop>
+  DFQ_DEVICE void visit_elements(const float (&x)[kVector], const float (&grad)[kVector],
+                                 const bool (&stays)[kVector], float (&out)[kVector]) {
 #pragma unroll
     for (int lane = 0; lane < kVector; ++lane) {
-      const Element element{x[lane], Op::kInputs == 2 ? grad[lane] : 0.0f, stays[lane]};
-      Sums& sums = sums_[kEach ? lane : 0];
-      const Sums before = sums;
-      out[lane] = op_.element(channel_[kEach ? lane : 0], element, sums);
-      if (lane >= count) {
-        sums = before;
-      }
+      const int own = kEach ? lane : 0;
+      const Element element{x[lane], Op::kInputs == 2 ? grad[lane] : 0.0f, kDrop && stays[lane]};
+      out[lane] = op_.element(channel_[own], element, sums_[own]);
     }
   }
 
   // Which elements QDrop leaves as they are.
-  DFQ_DEVICE void draw(int64_t at, bool (&stays)[kVector]) const {
+  DFQ_DEVICE void draw(int64_t position, bool (&stays)[kVector]) const {
     const uint64_t seed = static_cast<uint64_t>(*op_.seed);
 #pragma unroll
     for (int lane = 0; lane < kVector; lane += 4) {
-      const Words4 words = philox(seed, static_cast<uint64_t>(at + lane) / 4);
+      const Words4 words = philox(seed, static_cast<uint64_t>(position + lane) / 4);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         stays[lane + i] = dropped(words.word[i], op_.threshold);
@@ -190,7 +202,7 @@ class Walker {
 
   const Op& op_;
   const Source& source_;
-  const int64_t base_;
+  const int64_t end_;  // of the piece
   Channel channel_[kChannels];
   Sums sums_[kChannels] = {};
   int visited_ = 0, part_ = 0;  // whole vectors; elements of the last one if it is not whole

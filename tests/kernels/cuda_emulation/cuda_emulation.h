@@ -26,7 +26,6 @@ struct __attribute__((may_alias, aligned(16))) uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 __ldg(const uint4* from) { return *from; }
-inline void __stwb(uint4* to, const uint4& value) { *to = value; }
 
 namespace emulated {
 
