@@ -27,6 +27,7 @@ from dfq_kernels._triton.fake_quantize_tiles import (
     forward_tile,
     pointers,
     row_grid,
+    row_length,
 )
 
 
@@ -49,7 +50,7 @@ def rows_forward_program(
     CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    rows, length, splits = walk[0], walk[3] * VECTOR, walk[7]
+    rows, length, splits = walk[0], row_length(walk, WIDE, VECTOR), walk[7]
     row = tl.arange(0, ROWS)
     if not FLAT:
         row += split // splits * ROWS
@@ -76,7 +77,7 @@ def columns_forward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (split of the row tiles, column tile): its tiles below one another."""
-    rows, length, tiles = walk[0], walk[3] * VECTOR, walk[6]
+    rows, length, tiles = walk[0], row_length(walk, WIDE, VECTOR), walk[6]
     across = tl.cdiv(length, COLUMNS)
     first = tl.program_id(0) % across * COLUMNS
     first = first.to(tl.int64) if WIDE else first
@@ -113,7 +114,7 @@ def rows_backward_program(
     CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    rows, length, tiles, splits = walk[0], walk[3] * VECTOR, walk[6], walk[7]
+    rows, length, tiles, splits = walk[0], row_length(walk, WIDE, VECTOR), walk[6], walk[7]
     row = tl.arange(0, ROWS)
     if not FLAT:
         row += split // splits * ROWS
@@ -165,7 +166,7 @@ def columns_backward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Program (split of the row tiles, column tile), as forward; sums go to [split, column]."""
-    rows, length, tiles = walk[0], walk[3] * VECTOR, walk[6]
+    rows, length, tiles = walk[0], row_length(walk, WIDE, VECTOR), walk[6]
     across = tl.cdiv(length, COLUMNS)
     first = tl.program_id(0) % across * COLUMNS
     first = first.to(tl.int64) if WIDE else first

@@ -100,3 +100,9 @@ def pointers(
     else:
         column = offsets(first + column, column_sizes, column_strides[index])
     return x + offsets(row, row_sizes, row_strides[index]) * VECTOR + column[None, :]
+
+
+@triton.jit
+def row_length(walk, WIDE: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a row, without the rest."""
+    return (tl.cast(walk[3], tl.int64) if WIDE else walk[3]) * VECTOR

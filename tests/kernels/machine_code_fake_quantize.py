@@ -11,6 +11,8 @@ from machine_code import EVERY_ARCHITECTURE, Budget, Case
 SHAPE = (64, 64, 56, 56)
 SMALL_PLANES = (64, 512, 7, 7)
 ODD = (12_345_677,)
+HUGE = (2**31 + 2**20,)
+WEIGHTS = [(64, 64, 3, 3)] * 16
 
 
 def _arguments(dtype, axis, *, last=False, drop=0.0, shape=SHAPE):
@@ -41,6 +43,21 @@ def _backward(*args, needs=(True, True, True), **options):
     return call
 
 
+def _all(*, backward):
+    def call():
+        from dfq_kernels._triton import fake_quantize_all as ops
+
+        xs = [torch.empty(shape, device="meta") for shape in WEIGHTS]
+        scales = [torch.empty(x.shape[0], device="meta") for x in xs]
+        lists = xs, scales, scales, [-8] * len(xs), [7] * len(xs)
+        if backward:
+            ops.fake_quantize_all_backward(xs, *lists, True, True, True)
+        else:
+            ops.fake_quantize_all(*lists)
+
+    return call
+
+
 def _budget(registers, instructions, rounded, **others):
     """Of a forward kernel without a loop: two loads for the grid, and its division's multiplies."""
     defaults = {"loads": 4, "stores": 4, "narrow": 2, "fused": 16}
@@ -61,6 +78,7 @@ FORWARD = [
     ("bf16", _forward(BF16, None), "rows", _budget(48, 465, 32)),
     ("fp16", _forward(FP16, None), "rows", _budget(48, 450, 32)),
     ("bf16 odd", _forward(BF16, None, shape=ODD), "rows", _budget(48, 525, 33, narrow=4, fused=22)),
+    ("bf16 huge", _forward(BF16, None, shape=HUGE), "rows", _budget(48, 465, 32)),
     ("fp32 drop", _forward(FP32, None, drop=0.5), "rows", _budget(64, 515, 16, narrow=3)),
     ("bf16 drop", _forward(BF16, None, drop=0.5), "rows", _budget(64, 950, 32, narrow=3)),
     ("fp32 planes", _forward(FP32, 1), "rows", _budget(48, 345, 16)),
@@ -75,6 +93,7 @@ BACKWARD = [
     ("fp32", _backward(FP32, None), "rows", _loop(56, 164, 8)),
     ("bf16", _backward(BF16, None), "rows", _loop(80, 350, 16)),
     ("bf16 odd", _backward(BF16, None, shape=ODD), "rows", _loop(80, 350, 17)),
+    ("bf16 huge", _backward(BF16, None, shape=HUGE), "rows", _loop(104, 350, 16)),
     ("bf16 dx alone", _backward(BF16, None, needs=(True, False, False)), "rows",
      _loop(32, 235, 16)),
     ("bf16 dscale alone", _backward(BF16, None, needs=(False, True, False)), "rows",
@@ -98,3 +117,12 @@ def _case(direction, name, call, kernel, budget):
 
 CASES = [_case("forward", *line) for line in FORWARD]
 CASES += [_case("backward", *line) for line in BACKWARD]
+CASES += [
+    Case("fp32 weights forward", _all(backward=False), {
+        "rows_forward_all": _budget(48, 785, 16, narrow=8, fused=32),
+    }),
+    Case("fp32 weights backward", _all(backward=True), {
+        "rows_backward_all": _budget(48, 1180, 8, stores=2, narrow=6, fused=22, shared=16),
+        "finish_backward_all": Budget(64, 150, loads=8, stores=0),
+    }),
+]  # fmt: skip
