@@ -95,6 +95,18 @@ class Gated(nn.Module):
         return self.join(out * torch.sigmoid(self.squeeze(out.mean((2, 3), keepdim=True))), x)
 
 
+class Nested(nn.Module):
+    """A residual add inside of another's stretch: the smallest comes out whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = _conv(8, 8, 1), _conv(8, 8, 1), _conv(8, 8, 1)
+
+    def forward(self, x):
+        inside = self.first(x)
+        return x + self.last(inside + self.second(inside))
+
+
 class Tapped(nn.Module):
     """The value inside of the residual stretch is used outside of it: no unit can hold it."""
 
@@ -133,6 +145,10 @@ CASES = {
         ],
     ),
     "gated": (Network(Gated(), stem=8), [("body.0.conv", "body.0.squeeze")]),
+    "nested": (
+        Network(Nested(), stem=8),
+        [("body.0.first",), ("body.0.second",), ("body.0.last",)],
+    ),
     "tapped": (Network(Tapped()), [("body.0.first",), ("body.0.second",), ("body.0.last",)]),
 }
 
@@ -200,6 +216,12 @@ def test_a_module_shares_the_parameters_of_its_model():
 def test_only_wanted_layers_make_units_and_nothing_runs_behind_the_last():
     plan = _plan(CASES["cifar"][0], ["stem.0"])
     assert [step.layers for step in plan.steps] == [("stem.0",)]
+
+
+def test_of_nested_adds_the_inner_one_ends_a_unit():
+    plan = _plan(CASES["nested"][0])
+    unit = next(step for step in plan.steps if step.layers == ("body.0.second",))
+    assert [node.op for node in unit.graph.nodes][1:] == ["call_module", "call_function", "output"]
 
 
 def test_a_layer_used_twice_belongs_to_its_first_unit():

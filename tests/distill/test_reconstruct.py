@@ -177,6 +177,22 @@ def test_each_part_has_its_own_rate():
             assert torch.equal(parameter, before[name]) == (name != moved)
 
 
+def test_the_rates_of_scales_fall_to_nothing_and_that_of_the_rounding_does_not():
+    unit, steps = _unit(), []
+
+    def penalty(beta):  # so steep that Adam's steps are its rates
+        steps.append([p.detach().flatten()[0].item() for p in unit.student.parameters()])
+        return -1e6 * sum(p.sum() for p in unit.student.parameters())
+
+    _learn(unit, _knobs(unit, penalty), replace(QUICK, warmup=0.0, relative=False))
+    weight, bias = torch.tensor(steps).diff(dim=0).T
+    torch.testing.assert_close(weight, torch.full((39,), 0.05), rtol=1e-3, atol=0)
+    fractions = torch.arange(39) / 40
+    torch.testing.assert_close(
+        bias, 0.025 * (1 + (torch.pi * fractions).cos()), rtol=1e-2, atol=1e-4
+    )
+
+
 def test_inputs_are_mixed_and_drawn_anew_every_step():
     unit = _unit()
     other = unit._replace(float_inputs=unit.inputs + 100.0)
