@@ -5,10 +5,11 @@ import mmap
 import pytest
 import torch
 from batch_norm_cases import LAYOUTS, assert_backward, assert_forward, tensors
-from conftest import BACKENDS
 
 pytest.importorskip("triton")
 from dfq_kernels._triton import batch_norm_tiles as tiles
+
+on_triton = pytest.mark.parametrize("backend", ["triton"], indirect=True)
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def few_programs(monkeypatch):
     tiles._tile.cache_clear()
 
 
+@on_triton
 @pytest.mark.parametrize(
     ("layout", "shape", "programs", "iterations", "splits"),
     [
@@ -34,18 +36,18 @@ def few_programs(monkeypatch):
     ],
     ids=["planes", "joined planes", "channels", "many channels", "strided"],
 )
-def test_programs_of_many_tiles(few_programs, layout, shape, programs, iterations, splits):
+def test_programs_of_many_tiles(backend, few_programs, layout, shape, programs, iterations, splits):
     few_programs(programs)
     x, parameters = tensors(shape, layout=layout)
     tiling = tiles.tile(x, torch.empty_like(x))
     assert (tiling.iterations, tiling.splits) == (iterations, splits)
-    with BACKENDS["triton"]():
-        assert_forward(x, parameters)
-        assert_backward(LAYOUTS[layout](torch.randn(shape)), x, parameters)
+    assert_forward(x, parameters)
+    assert_backward(LAYOUTS[layout](torch.randn(shape)), x, parameters)
 
 
+@on_triton
 @pytest.mark.parametrize("far", [0, 1, 2, 3])
-def test_offsets_of_64_bits(far):
+def test_offsets_of_64_bits(backend, far):
     """One dimension strides over 4 GB of address space, of which little is ever touched."""
     shape = (3, 2, 3, 2)
     strides = [2**31 if d == far else 8**d for d in range(4)]
@@ -54,9 +56,8 @@ def test_offsets_of_64_bits(far):
     values, parameters = tensors(shape, torch.bfloat16)
     x.copy_(values)
     assert tiles.tile(x).wide
-    with BACKENDS["triton"]():
-        assert_forward(x, parameters)
-        assert_backward(x, values, parameters)
+    assert_forward(x, parameters)
+    assert_backward(x, values, parameters)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
