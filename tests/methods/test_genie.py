@@ -10,6 +10,7 @@ from dfq.distill.reconstruct import ReconstructionConfig
 from dfq.methods import GENIEConfig, genie
 from dfq.methods.genie import GENIE_EFFORTS, float_twin
 from dfq.prepare import QConv2d, QLinear, Quantizer, calibrate, prepare
+from dfq.prepare.adds import QAdd
 from dfq.synthesize.latents import LatentConfig
 from dfq.types import DataSpec, InputError
 
@@ -76,8 +77,8 @@ def test_it_trains_the_student_and_leaves_the_teacher_alone():
     teacher, student, images, _ = _train()
     assert _same(teacher, _teacher())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
-    assert torch.equal(student[1].running_mean, teacher[1].running_mean)
-    assert torch.equal(student[1].weight, teacher[1].weight)
+    assert torch.equal(student.get_submodule("1").running_mean, teacher[1].running_mean)
+    assert torch.equal(student.get_submodule("1").weight, teacher[1].weight)
     assert images.images.shape == (32, 3, 8, 8)
     assert images.labels.shape == (32,)
 
@@ -107,6 +108,17 @@ def test_every_layer_is_rounded_otherwise_than_to_nearest_and_every_scale_moves(
         for which in ("weight_quantizer", "input_quantizer"):
             moved, still = getattr(layer, which), getattr(start, which)
             assert torch.equal(moved.log_scale, still.log_scale) == (moved.mode == "fixed")
+
+
+def test_the_scale_of_a_residual_sum_learns_too():
+    _, student, images, _ = _train(_change("reconstruction", steps=40))
+    nearest = prepare(_teacher(), "w3a3", data=DATA)
+    calibrate(nearest, images.images)
+    sums = [
+        [m.quantizer.scale for m in s.modules() if isinstance(m, QAdd)] for s in (student, nearest)
+    ]
+    assert len(sums[0]) == 1
+    assert not torch.equal(sums[0][0], sums[1][0])
 
 
 def test_same_seed_gives_the_same_student_and_another_seed_another():
@@ -182,5 +194,5 @@ def test_the_float_twin_is_the_teacher_whatever_becomes_of_the_student():
     teacher = _teacher()
     student = prepare(teacher, "w2a2", data=DATA)
     twin, x = float_twin(student), torch.randn(4, 3, 8, 8)
-    student[0].weight.data.zero_()
+    student.get_submodule("0").weight.data.zero_()
     torch.testing.assert_close(twin(x), teacher(x))
