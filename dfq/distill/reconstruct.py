@@ -28,6 +28,9 @@ logger = logging.getLogger("dfq")
 class ReconstructionConfig:
     """How a unit learns; the defaults are ours, ``GENIE_RECONSTRUCTION`` the paper's.
 
+    Rates and weight were chosen on ResNet-20 at W3A3 and W2A4 for few steps, by the divergence from
+    the teacher on images distilled with another seed.
+
     Attributes:
         steps: steps for each unit.
         batch_size: images of a step.
@@ -61,7 +64,7 @@ class ReconstructionConfig:
             )
 
 
-GENIE_RECONSTRUCTION = ReconstructionConfig(
+GENIE_RECONSTRUCTION = ReconstructionConfig(  # the released code's
     steps=20_000,
     lr=1e-3,
     weight_scale_lr=1e-3,  # theirs: 1e-4 for the scale itself, here for a scale of about 0.1

@@ -8,9 +8,9 @@ The paper's, from the description of the released code: generator, learned laten
 convolution, losses, frozen integer base, soft rounding, QDrop, the loss of a block and its
 schedule; ``GENIE_EFFORTS["paper"]`` holds the authors' numbers. Ours: the other efforts' numbers,
 among them a generator that goes on from batch to batch (far nearer to the statistics for the same
-steps), cached block inputs, units found in the traced graph, the pull towards hard rounding in units
-of the block's error, scales learned by their logarithm, and grids as ``prepare`` makes them: weights
-symmetric, activations asymmetric, each branch of a residual add and its sum on grids of their own.
+steps), cached block inputs, units found in the traced graph, the pull towards hard rounding in
+units of the block's error, scales learned by their logarithm, and grids as ``prepare`` makes them:
+weights symmetric, activations asymmetric, residual sums on grids of their own.
 """
 
 import copy
