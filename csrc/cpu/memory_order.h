@@ -2,31 +2,14 @@
 // order, with dimensions merged wherever all strides allow, so that any layout becomes rows.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
 #include "common.h"
+#include "core/dimensions.h"
 
 namespace dfq {
-
-constexpr int kInputs = 2;  // x, and in backward the gradient
-
-struct Dimension {
-  int64_t size = 1;
-  int64_t stride[kInputs] = {1, 1};  // of the inputs, in elements
-  bool channel = false;
-
-  // Whether `faster` continues within this one, so that both are one.
-  bool holds(const Dimension& faster) const {
-    bool merge = !channel && !faster.channel;
-    for (int input = 0; input < kInputs; ++input) {
-      merge = merge && stride[input] == faster.size * faster.stride[input];
-    }
-    return merge;
-  }
-};
 
 struct MemoryOrder {
   std::vector<Dimension> outer;  // slowest first
@@ -51,29 +34,6 @@ struct MemoryOrder {
     return found;
   }
 };
-
-// The dimensions of `output` in memory order, slowest first, merged where they can be.
-inline std::vector<Dimension> merged_dimensions(const Tensor& output, const Tensor& x,
-                                                const Tensor& grad, std::optional<int64_t> axis) {
-  std::vector<int64_t> dims;
-  for (int64_t d = 0; d < output.dim(); ++d) {
-    if (output.size(d) != 1) {
-      dims.push_back(d);
-    }
-  }
-  std::stable_sort(dims.begin(), dims.end(),
-                   [&](int64_t a, int64_t b) { return output.stride(a) > output.stride(b); });
-  std::vector<Dimension> merged;
-  for (const int64_t d : dims) {
-    const Dimension dim{output.size(d), {x.stride(d), grad.stride(d)}, axis == d};
-    if (!merged.empty() && merged.back().holds(dim)) {
-      merged.back() = {merged.back().size * dim.size, {dim.stride[0], dim.stride[1]}, false};
-    } else {
-      merged.push_back(dim);
-    }
-  }
-  return merged;
-}
 
 // `output` is dense; `axis` is the channel dimension and is merged with no other.
 inline MemoryOrder memory_order_of(const Tensor& output, const Tensor& x, const Tensor& grad,
