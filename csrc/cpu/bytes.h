@@ -40,7 +40,9 @@ DFQ_INLINE void load_bytes(const int8_t* from, Block<int32_t, N, W>& out) {
 template <int W, int... I>
 DFQ_INLINE native<uint8_t, W> lowest(native<uint32_t, W> a, std::integer_sequence<int, I...>) {
   if constexpr (W == kLanes) {
-    return __builtin_convertvector(a, native<uint8_t, W>);
+    native<uint8_t, W> narrow;
+    asm("vpmovdb %1, %0" : "=v"(narrow) : "v"(a));  // Zen 5 is slower with one into memory
+    return narrow;
   } else {  // GCC converts these one by one
     const auto bytes = (native<uint8_t, 4 * W>)a;
     return __builtin_shufflevector(bytes, bytes, (4 * I)...);

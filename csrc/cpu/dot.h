@@ -17,8 +17,6 @@
 #define DFQ_X86_ASM 1
 #endif
 
-#define DFQ_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
-
 namespace dfq {
 
 // The four bytes at `from` in every lane.
@@ -68,20 +66,20 @@ struct Vnni {
     native<int32_t, W> bytes;
     DFQ_INLINE explicit Weights(const int8_t* from) { std::memcpy(&bytes, from, sizeof(bytes)); }
   };
-  struct Sums {
-    native<int32_t, W> v;
-    DFQ_INLINE void load(const int32_t* from) { std::memcpy(&v, from, sizeof(v)); }
-    DFQ_INLINE void store(int32_t* to) const { std::memcpy(to, &v, sizeof(v)); }
-  };
+  using Sums = native<int32_t, W>;  // bare: GCC keeps some structs of one vector in memory
 
+  static DFQ_INLINE void load(const int32_t* from, Sums& sums) {
+    std::memcpy(&sums, from, sizeof(sums));
+  }
+  static DFQ_INLINE void store(int32_t* to, Sums sums) { std::memcpy(to, &sums, sizeof(sums)); }
   static DFQ_INLINE Sums add(Sums sums, const Pixel& pixel, const Weights& weights) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(pixel.bytes), "v"(weights.bytes));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(pixel.bytes), "v"(weights.bytes));
     return sums;
   }
   static DFQ_INLINE Sums add_lanes(Sums sums, const uint8_t* lanes, const Weights& weights) {
     native<int32_t, W> bytes;
     std::memcpy(&bytes, lanes, sizeof(bytes));
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums.v) : "v"(bytes), "v"(weights.bytes));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(bytes), "v"(weights.bytes));
     return sums;
   }
 };
@@ -113,20 +111,20 @@ struct Pairs {
   };
   struct Sums {
     Vector v[kVectors];
-    DFQ_INLINE void load(const int32_t* from) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) {
-        std::memcpy(&v[i], from + i * W, sizeof(v[i]));
-      }
-    }
-    DFQ_INLINE void store(int32_t* to) const {
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) {
-        std::memcpy(to + i * W, &v[i], sizeof(v[i]));
-      }
-    }
   };
 
+  static DFQ_INLINE void load(const int32_t* from, Sums& sums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      std::memcpy(&sums.v[i], from + i * W, sizeof(Vector));
+    }
+  }
+  static DFQ_INLINE void store(int32_t* to, const Sums& sums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) {
+      std::memcpy(to + i * W, &sums.v[i], sizeof(Vector));
+    }
+  }
   static DFQ_INLINE Sums add(Sums sums, const Pixel& pixel, const Weights& weights) {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) {

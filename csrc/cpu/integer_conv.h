@@ -9,25 +9,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
+#include "integer_input.h"
 #include "integer_tiles.h"
 
 namespace dfq {
-
-// Sizes along height (0) and width (1).
-struct Convolution {
-  int64_t batch, size[2], channels;  // of x
-  Filter filter;
-  int64_t kernel[2], stride[2], padding[2], dilation[2];
-  int32_t x_zero;
-
-  int64_t out_size(int d) const {
-    return (size[d] + 2 * padding[d] - dilation[d] * (kernel[d] - 1) - 1) / stride[d] + 1;
-  }
-  int64_t pixels() const { return batch * out_size(0) * out_size(1); }
-};
 
 // Everything of one call that all threads share.
 struct Job {
@@ -39,111 +28,9 @@ struct Job {
   Output output;
 };
 
-constexpr int64_t kBufferBytes = 192 << 10;  // of a unit's input
-constexpr int64_t kSlack = 64;               // that may be read behind it
-
-// x + 128 as uint8.
-struct CopyShifted {
-  template <int W>
-  static DFQ_INLINE void run(const int8_t* from, int64_t n, uint8_t* to) {
-    for (int64_t i = 0; i < n; ++i) {
-      to[i] = static_cast<uint8_t>(from[i]) ^ 0x80;
-    }
-  }
-};
-
-// Images, or rows of one image: output pixels that are neighbours in memory.
-struct Unit {
-  int64_t image, images, row, rows;
-};
-
-// What of the input a unit's buffer holds. Without a window in a direction there are only the
-// pixels that are used: the stride is taken when they are copied.
-class Buffer {
- public:
-  explicit Buffer(const Convolution& shape) : shape_(shape) {
-    for (int d = 0; d < 2; ++d) {
-      step_[d] = shape.kernel[d] == 1 ? shape.stride[d] : 1;
-      stride_[d] = shape.stride[d] / step_[d];
-    }
-    columns_ = needed(1, shape.out_size(1));
-  }
-
-  int64_t needed(int d, int64_t outputs) const {
-    return (outputs - 1) * stride_[d] + (shape_.kernel[d] - 1) * shape_.dilation[d] + 1;
-  }
-  int64_t row_bytes() const { return columns_ * shape_.channels; }
-  int64_t bytes(const Unit& unit) const {
-    return unit.images * needed(0, unit.rows) * row_bytes() + kSlack;
-  }
-
-  // Where the windows of the unit's output pixels begin.
-  std::vector<int64_t> pixels(const Unit& unit) const {
-    std::vector<int64_t> offsets;
-    offsets.reserve(unit.images * unit.rows * shape_.out_size(1));
-    for (int64_t image = 0; image < unit.images; ++image) {
-      for (int64_t row = 0; row < unit.rows; ++row) {
-        const int64_t first = image * needed(0, unit.rows) + row * stride_[0];
-        for (int64_t column = 0; column < shape_.out_size(1); ++column) {
-          offsets.push_back(first * row_bytes() + column * stride_[1] * shape_.channels);
-        }
-      }
-    }
-    return offsets;
-  }
-
-  // Where in a window the runs of K begin, for the first group.
-  std::vector<int64_t> runs() const {
-    std::vector<int64_t> offsets;
-    for (int64_t r = 0; r < shape_.kernel[0]; ++r) {
-      const int64_t row = r * shape_.dilation[0] * row_bytes();
-      const int64_t columns = shape_.filter.whole_rows() ? 1 : shape_.kernel[1];
-      for (int64_t s = 0; s < columns; ++s) {
-        offsets.push_back(row + s * shape_.dilation[1] * shape_.channels);
-      }
-    }
-    return offsets;
-  }
-
-  void fill(const int8_t* x, const Unit& unit, uint8_t* to) const {
-    const int64_t rows = needed(0, unit.rows), image_bytes = shape_.size[1] * shape_.channels;
-    for (int64_t image = unit.image; image < unit.image + unit.images; ++image) {
-      for (int64_t row = 0; row < rows; ++row, to += row_bytes()) {
-        const int64_t from = unit.row * shape_.stride[0] + row * step_[0] - shape_.padding[0];
-        if (from < 0 || from >= shape_.size[0]) {
-          std::fill_n(to, row_bytes(), zero());
-        } else {
-          fill_row(x + (image * shape_.size[0] + from) * image_bytes, to);
-        }
-      }
-    }
-    std::fill_n(to, kSlack, uint8_t{0});
-  }
-
- private:
-  uint8_t zero() const { return static_cast<uint8_t>(shape_.x_zero + 128); }
-
-  void fill_row(const int8_t* x, uint8_t* to) const {
-    const int64_t width = shape_.size[1], channels = shape_.channels, left = shape_.padding[1];
-    const auto clip = [&](int64_t column) { return std::clamp<int64_t>(column, 0, columns_); };
-    const int64_t begin = clip(ceil_div(left, step_[1]));
-    const int64_t end = std::max(begin, clip(ceil_div(left + width, step_[1])));
-    std::fill_n(to, begin * channels, zero());
-    if (step_[1] == 1) {
-      run<CopyShifted>(x + (begin - left) * channels, (end - begin) * channels,
-                       to + begin * channels);
-    } else {
-      for (int64_t column = begin; column < end; ++column) {
-        run<CopyShifted>(x + (column * step_[1] - left) * channels, channels,
-                         to + column * channels);
-      }
-    }
-    std::fill_n(to + end * channels, (columns_ - end) * channels, zero());
-  }
-
-  const Convolution& shape_;
-  int64_t step_[2], stride_[2], columns_;
-};
+// A unit has kUnitBytes of input, or kUnitPixels where that is more: the input stays in the L2
+// cache, and reading the weights anew costs little beside what is done with them.
+constexpr int64_t kUnitBytes = 64 << 10, kUnitPixels = 512;
 
 // How a convolution is cut: by the shape and the number of threads; no result depends on it.
 class Cut {
@@ -152,13 +39,19 @@ class Cut {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t wanted = threads == 1 ? 1 : 2 * threads;
     const int64_t height = shape.out_size(0);
-    const int64_t most = std::max<int64_t>(1, shape.batch / std::min(wanted, shape.batch));
-    images_ = std::clamp<int64_t>(kBufferBytes / buffer.bytes({0, 1, 0, height}), 1, most);
-    rows_ = height;
-    const int64_t parts = std::clamp<int64_t>(ceil_div(wanted, shape.batch), 1, height);
-    rows_ = ceil_div(height, parts);
-    while (rows_ > 1 && buffer.bytes({0, 1, 0, rows_}) > kBufferBytes) {
+    const int64_t width = shape.out_size(1);
+    const auto fits = [&](int64_t images, int64_t rows) {
+      return images * rows * width <= kUnitPixels ||
+             buffer.bytes({0, images, 0, rows}) <= kUnitBytes;
+    };
+    rows_ = ceil_div(height, std::clamp<int64_t>(ceil_div(wanted, shape.batch), 1, height));
+    while (rows_ > 1 && !fits(1, rows_)) {
       rows_ = ceil_div(rows_, 2);
+    }
+    const int64_t most = rows_ < height ? 1 : std::max<int64_t>(1, shape.batch / wanted);
+    images_ = 1;
+    while (images_ < most && fits(images_ + 1, rows_)) {
+      ++images_;
     }
     splits_ = std::clamp<int64_t>(ceil_div(wanted, units()), 1, panels);
   }
@@ -168,6 +61,7 @@ class Cut {
   }
   int64_t chunks() const { return units() * splits_; }
   int64_t splits() const { return splits_; }  // of the panels
+  Unit largest() const { return {0, images_, 0, rows_}; }
   Unit unit(int64_t index) const {
     const int64_t per_image = ceil_div(shape_.out_size(0), rows_);
     const int64_t image = index / per_image * images_, row = index % per_image * rows_;
@@ -183,12 +77,14 @@ class Cut {
 // The panels [begin, end) of one unit.
 class UnitWork {
  public:
-  UnitWork(const Job& job, const Buffer& buffer, const Unit& unit)
+  UnitWork(const Job& job, const Buffer& buffer, const std::vector<int32_t>& pixels,
+           const std::vector<int64_t>& runs, const Unit& unit)
       : job_(job),
         filter_(job.weights.filter),
         input_(new uint8_t[buffer.bytes(unit)]),
-        pixels_(buffer.pixels(unit)),
-        runs_(buffer.runs()),
+        pixels_(pixels),
+        runs_(runs),
+        pixel_count_(unit.images * unit.rows * job.shape.out_size(1)),
         first_pixel_((unit.image * job.shape.out_size(0) + unit.row) * job.shape.out_size(1)) {
     buffer.fill(job.x, unit, input_.get());
     if (job.weights.packed) {
@@ -221,16 +117,20 @@ class UnitWork {
                       block,
                       group * filter_.group_out() + first * kLanes,
                       filter_.group_out() - first * kLanes};
-    run_dot<ConvolvePanel>(&in, &blocks, &out);
+    with_output(job_.output, [&](auto residual, auto* to) {
+      using T = std::remove_pointer_t<decltype(to)>;
+      constexpr bool kResidual = decltype(residual)::value;
+      blocks.blocks == 2 ? run_dot<ConvolvePanel<2, T, kResidual>>(&in, &blocks, &out, to)
+                         : run_dot<ConvolvePanel<1, T, kResidual>>(&in, &blocks, &out, to);
+    });
   }
 
  private:
   int64_t unpacked_bytes() const { return (filter_.words() + 1) * kWordBytes; }
 
   Reading reading(int64_t group) const {
-    return {input_.get() + group * filter_.in,    pixels_.data(),
-            static_cast<int64_t>(pixels_.size()), runs_.data(),
-            static_cast<int64_t>(runs_.size()),   filter_.run_words()};
+    return {input_.get() + group * filter_.in,  pixels_.data(),     pixel_count_, runs_.data(),
+            static_cast<int64_t>(runs_.size()), filter_.run_words()};
   }
 
   const int8_t* block_weights(int64_t block, int64_t place) {
@@ -256,8 +156,9 @@ class UnitWork {
   const Filter& filter_;
   const std::unique_ptr<uint8_t[]> input_;
   std::unique_ptr<int8_t[]> unpacked_;
-  const std::vector<int64_t> pixels_, runs_;
-  const int64_t first_pixel_;
+  const std::vector<int32_t>& pixels_;
+  const std::vector<int64_t>& runs_;
+  const int64_t pixel_count_, first_pixel_;
   std::vector<int32_t> window_sums_;
   int64_t summed_group_ = -1;
 };
@@ -266,9 +167,12 @@ inline void convolve(const Job& job) {
   const Buffer buffer(job.shape);
   const int64_t panels = UnitWork::panels(job.weights.filter);
   const Cut cut(job.shape, buffer, panels);
+  STD_TORCH_CHECK(buffer.bytes(cut.largest()) < int64_t{1} << 31, "one row of x takes too much");
+  const auto pixels = buffer.pixels(cut.largest());
+  const auto runs = buffer.runs();
   for_each_chunk(cut.chunks(), [&](int64_t chunk) {
     const int64_t split = chunk % cut.splits();
-    UnitWork work(job, buffer, cut.unit(chunk / cut.splits()));
+    UnitWork work(job, buffer, pixels, runs, cut.unit(chunk / cut.splits()));
     for (int64_t panel = panels * split / cut.splits(); panel < panels * (split + 1) / cut.splits();
          ++panel) {
       work.convolve(panel);

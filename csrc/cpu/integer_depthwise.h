@@ -54,7 +54,7 @@ class QuadRow {
     for (int64_t q = 0; q < quads; ++q) {
       const uint8_t* from = row + 4 * q * dilation;
       for (int64_t column = 0; column < width; ++column, from += step, to += kWordBytes) {
-        interleave(from, dilation, to);
+        interleave<W>(from, dilation, to);
       }
     }
   }
@@ -72,7 +72,9 @@ class QuadRow {
     const int64_t stride = shape.channels, channels = work.channels;
     const int8_t* from = work.job.x + work.block * kLanes +
                          (work.image * shape.size[0] + row) * shape.size[1] * stride;
+    const int64_t next_row = shape.size[1] * stride;
     for (int64_t column = begin; column < end; ++column, from += stride) {
+      __builtin_prefetch(from + next_row);  // sixteen bytes here and there: no line comes by itself
       Bytes bytes{};
       if (channels == kLanes) {
         std::memcpy(&bytes, from, kLanes);
@@ -102,7 +104,13 @@ class QuadRow {
   }
 
   // Sixteen channels of four pixels to the four of each channel side by side.
+  template <int W>
   static DFQ_INLINE void interleave(const uint8_t* from, int64_t step, uint8_t* to) {
+    if (W == kLanes && step == kLanes) {
+      transpose(from, to, std::make_integer_sequence<int, kLanes>(),
+                std::make_integer_sequence<int, 4 * kLanes>());
+      return;
+    }
     Bytes a, b, c, d;
     std::memcpy(&a, from, sizeof(a));
     std::memcpy(&b, from + step, sizeof(b));
@@ -111,15 +119,28 @@ class QuadRow {
     store_pairs(low(a, b), low(c, d), to);
     store_pairs(high(a, b), high(c, d), to + 2 * sizeof(a));
   }
+
+  // The same for neighbours, in two permutations: of words among all, of bytes within sixteen.
+  template <int... I, int... J>
+  static DFQ_INLINE void transpose(const uint8_t* from, uint8_t* to,
+                                   std::integer_sequence<int, I...>,
+                                   std::integer_sequence<int, J...>) {
+    native<uint32_t, 16> words;
+    std::memcpy(&words, from, sizeof(words));
+    words = __builtin_shufflevector(words, words, (I % 4 * 4 + I / 4)...);
+    auto bytes = (native<uint8_t, 64>)words;
+    bytes = __builtin_shufflevector(bytes, bytes, (J / 16 * 16 + J % 4 * 4 + J % 16 / 4)...);
+    std::memcpy(to, &bytes, sizeof(bytes));
+  }
 };
 
+template <class T, bool kResidual>
 struct ConvolveDepthwise {
   template <class Dot>
-  static DFQ_INLINE void run(const DepthwiseWork* work, uint8_t* ring, uint8_t* row) {
-    with_output(work->job.output, [&](auto residual, auto* to) DFQ_LAMBDA {
-      using Out = BlockOutput<Dot::W, std::remove_pointer_t<decltype(to)>, residual()>;
-      convolve<Dot>(*work, Out(work->job.output, to, work->block, work->channels), ring, row);
-    });
+  static DFQ_INLINE void run(const DepthwiseWork* work, uint8_t* ring, uint8_t* row,
+                             const uint8_t** runs, T* to) {
+    const BlockOutput<Dot::W, T, kResidual> out(work->job.output, to, work->block, work->channels);
+    convolve<Dot>(*work, out, ring, row, runs);
   }
 
  private:
@@ -127,9 +148,10 @@ struct ConvolveDepthwise {
 
   template <class Dot, class Out>
   static DFQ_INLINE void convolve(const DepthwiseWork& work, const Out& out, uint8_t* ring,
-                                  uint8_t* row_buffer) {
-    const int64_t stride = work.job.shape.stride[0], height = work.out[0];
-    const int64_t ring_rows = work.ring_rows, row_bytes = work.row_bytes();
+                                  uint8_t* row_buffer, const uint8_t** runs) {
+    const Convolution& shape = work.job.shape;
+    const int64_t stride = shape.stride[0], height = work.out[0], ring_rows = work.ring_rows;
+    const int64_t row_bytes = work.row_bytes(), quad_bytes = work.out[1] * kWordBytes;
     int64_t built = 0;
     for (int64_t row = 0; row < height; ++row) {
       const int64_t end = row * stride + ring_rows;
@@ -137,69 +159,71 @@ struct ConvolveDepthwise {
         QuadRow::build<Dot::W>(work, v, row_buffer, ring + v % ring_rows * row_bytes);
       }
       built = end;
-      convolve_row<Dot>(work, row, ring, out);
+      for (int64_t r = 0; r < shape.kernel[0]; ++r) {
+        const int64_t v = row * stride + r * shape.dilation[0];
+        for (int64_t q = 0; q < work.quads; ++q) {
+          runs[r * work.quads + q] = ring + v % ring_rows * row_bytes + q * quad_bytes;
+        }
+      }
+      work.job.weights.filter.words() == 3 ? convolve_row<Dot, 3>(work, row, runs, out)
+                                           : convolve_row<Dot, 0>(work, row, runs, out);
     }
   }
 
-  template <class Dot, class Out>
-  static DFQ_INLINE void convolve_row(const DepthwiseWork& work, int64_t row, const uint8_t* ring,
-                                      const Out& out) {
+  // kRuns is how many runs there are, if that is known here.
+  template <class Dot, int kRuns, class Out>
+  static DFQ_INLINE void convolve_row(const DepthwiseWork& work, int64_t row,
+                                      const uint8_t* const* runs, const Out& out) {
     const int64_t width = work.out[1], channels = work.job.shape.channels;
     int64_t at = (work.image * work.out[0] + row) * width * channels + work.block * kLanes;
     alignas(64) int32_t sums[kTogether * kLanes];
     int64_t column = 0;
     for (; column + kTogether <= width; column += kTogether, at += kTogether * channels) {
-      sum_pixels<Dot, kTogether>(work, row, column, ring, sums);
+      sum_pixels<Dot, kTogether, kRuns>(work, runs, column, sums);
       out.store(sums, kLanes, kTogether, at, channels);
     }
     for (; column < width; ++column, at += channels) {
-      sum_pixels<Dot, 1>(work, row, column, ring, sums);
+      sum_pixels<Dot, 1, kRuns>(work, runs, column, sums);
       out.store(sums, kLanes, 1, at, channels);
     }
   }
 
   // The sums of kPixels neighbours: [kPixels, 16].
-  template <class Dot, int kPixels>
-  static DFQ_INLINE void sum_pixels(const DepthwiseWork& work, int64_t row, int64_t column,
-                                    const uint8_t* ring, int32_t* out) {
+  template <class Dot, int kPixels, int kRuns>
+  static DFQ_INLINE void sum_pixels(const DepthwiseWork& work, const uint8_t* const* runs,
+                                    int64_t column, int32_t* out) {
     const Job& job = work.job;
     const int8_t* weights = job.prepacked + work.block * job.weights.block_bytes();
-    const int32_t* start = job.start + work.block * kLanes;
-    accumulate<Dot, kPixels>(work, row, column, ring, weights, start, out);
+    const int64_t count = kRuns ? kRuns : job.weights.filter.words();
+    accumulate<Dot, kPixels>(runs, count, column, weights, job.start + work.block * kLanes, out);
     if (work.ones) {
       const int32_t none[kLanes] = {};
       int32_t windows[kPixels * kLanes];
-      accumulate<Dot, kPixels>(work, row, column, ring, work.ones, none, windows);
+      accumulate<Dot, kPixels>(runs, count, column, work.ones, none, windows);
       subtract_zeros<kPixels>(work, windows, out);
     }
   }
 
   template <class Dot, int kPixels>
-  static DFQ_INLINE void accumulate(const DepthwiseWork& work, int64_t row, int64_t column,
-                                    const uint8_t* ring, const int8_t* weights,
-                                    const int32_t* start, int32_t* out) {
-    const Convolution& shape = work.job.shape;
-    const int64_t height = shape.kernel[0], quads = work.quads;
-    const int64_t row_bytes = work.row_bytes(), quad_bytes = work.out[1] * kWordBytes;
+  static DFQ_INLINE void accumulate(const uint8_t* const* runs, int64_t count, int64_t column,
+                                    const int8_t* weights, const int32_t* start, int32_t* out) {
     typename Dot::Sums sums[kPixels];
 #pragma GCC unroll 4
     for (int p = 0; p < kPixels; ++p) {
-      sums[p].load(start);
+      Dot::load(start, sums[p]);
     }
-    for (int64_t r = 0; r < height; ++r) {
-      const int64_t v = row * shape.stride[0] + r * shape.dilation[0];
-      const uint8_t* from = ring + v % work.ring_rows * row_bytes + column * kWordBytes;
-      for (int64_t q = 0; q < quads; ++q, weights += kWordBytes, from += quad_bytes) {
-        const typename Dot::Weights taps(weights);
+#pragma GCC unroll 3
+    for (int64_t run = 0; run < count; ++run) {
+      const uint8_t* from = runs[run] + column * kWordBytes;
+      const typename Dot::Weights taps(weights + run * kWordBytes);
 #pragma GCC unroll 4
-        for (int p = 0; p < kPixels; ++p) {
-          sums[p] = Dot::add_lanes(sums[p], from + p * kWordBytes, taps);
-        }
+      for (int p = 0; p < kPixels; ++p) {
+        sums[p] = Dot::add_lanes(sums[p], from + p * kWordBytes, taps);
       }
     }
 #pragma GCC unroll 4
     for (int p = 0; p < kPixels; ++p) {
-      sums[p].store(out + p * kLanes);
+      Dot::store(out + p * kLanes, sums[p]);
     }
   }
 
@@ -223,7 +247,12 @@ inline void convolve_depthwise(const Job& job) {
     const DepthwiseWork work(job, chunk / blocks, chunk % blocks,
                              ones.empty() ? nullptr : ones.data());
     std::vector<uint8_t> ring(work.ring_bytes()), row(work.columns() * kLanes);
-    run_dot<ConvolveDepthwise>(&work, ring.data(), row.data());
+    std::vector<const uint8_t*> runs(job.weights.filter.runs());
+    with_output(job.output, [&](auto residual, auto* to) {
+      using Kernel =
+          ConvolveDepthwise<std::remove_pointer_t<decltype(to)>, decltype(residual)::value>;
+      run_dot<Kernel>(&work, ring.data(), row.data(), runs.data(), to);
+    });
   });
 }
 

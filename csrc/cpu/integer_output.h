@@ -27,7 +27,7 @@ struct Output {
 
 // f(std::bool_constant<there is a residual>, pointer to the output).
 template <class F>
-DFQ_INLINE void with_output(const Output& output, const F& f) {
+void with_output(const Output& output, const F& f) {
   if (output.bytes) {
     output.residual ? f(std::true_type(), output.bytes) : f(std::false_type(), output.bytes);
   } else {

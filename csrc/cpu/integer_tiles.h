@@ -19,7 +19,7 @@ constexpr int kMostBlocks = 2;
 // What a panel of one or two blocks needs of its input: pixels and K as offsets in bytes.
 struct Reading {
   const uint8_t* input;
-  const int64_t* pixels;  // where each output pixel's window begins
+  const int32_t* pixels;  // where each output pixel's window begins
   int64_t pixel_count;
   const int64_t* runs;  // where in a window each run begins
   int64_t run_count, run_words;
@@ -42,7 +42,7 @@ DFQ_INLINE void sum_tile(const Reading& in, const Panel& panel, int64_t pixel, i
     weights[b] = panel.weights[b];
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p) {
-      sums[p][b].load(panel.start[b]);
+      Dot::load(panel.start[b], sums[p][b]);
     }
   }
 #pragma GCC unroll 16
@@ -76,7 +76,7 @@ DFQ_INLINE void sum_tile(const Reading& in, const Panel& panel, int64_t pixel, i
   for (int p = 0; p < kPixels; ++p) {
 #pragma GCC unroll 2
     for (int b = 0; b < kBlocks; ++b) {
-      sums[p][b].store(out + (p * kBlocks + b) * kLanes);
+      Dot::store(out + (p * kBlocks + b) * kLanes, sums[p][b]);
     }
   }
 }
@@ -89,55 +89,43 @@ struct Writing {
   int64_t block, channel, channels;
 };
 
-// An output panel of all pixels, tile by tile; the last begins early enough to be a whole one.
+// An output panel of all pixels, tile by tile; the last begins early enough to be a whole one. A
+// function for each kind of panel and output: in one for all the sums would not stay in registers.
+template <int kBlocks, class T, bool kResidual>
 struct ConvolvePanel {
   template <class Dot>
-  static DFQ_INLINE void run(const Reading* in, const Panel* panel, const Writing* out) {
+  static DFQ_INLINE void run(const Reading* in, const Panel* panel, const Writing* out, T* to) {
     constexpr int kMost = kTilePixels<Dot>, kFew = 4;
     if (kMost > kFew && in->pixel_count >= kMost) {
-      panels<Dot, kMost>(*in, *panel, *out);
+      tiles<Dot, kMost>(*in, *panel, *out, to);
     } else if (in->pixel_count >= kFew) {
-      panels<Dot, kFew>(*in, *panel, *out);
+      tiles<Dot, kFew>(*in, *panel, *out, to);
     } else {
-      panels<Dot, 1>(*in, *panel, *out);
+      tiles<Dot, 1>(*in, *panel, *out, to);
     }
   }
 
  private:
   template <class Dot, int kPixels>
-  static DFQ_INLINE void panels(const Reading& in, const Panel& panel, const Writing& out) {
-    panel.blocks == 2 ? tiles<Dot, kPixels, 2>(in, panel, out)
-                      : tiles<Dot, kPixels, 1>(in, panel, out);
-  }
-
-  template <class Dot, int kPixels, int kBlocks>
-  static DFQ_INLINE void tiles(const Reading& in, const Panel& panel, const Writing& out) {
+  static DFQ_INLINE void tiles(const Reading& in, const Panel& panel, const Writing& out, T* to) {
     alignas(64) int32_t sums[kPixels * kBlocks * kLanes];
     for (int64_t done = 0; done < in.pixel_count; done += kPixels) {
       const int64_t pixel = done + kPixels <= in.pixel_count ? done : in.pixel_count - kPixels;
       sum_tile<Dot, kPixels, kBlocks>(in, panel, pixel, sums);
-      write<Dot::W, kPixels, kBlocks>(out, pixel, sums);
-    }
-  }
-
-  template <int W, int kPixels, int kBlocks>
-  static DFQ_INLINE void write(const Writing& out, int64_t pixel, int32_t* sums) {
-    if (out.window_sums) {
-      subtract_zeros<kPixels, kBlocks>(out, pixel, sums);
-    }
-    const int64_t at = (out.first_pixel + pixel) * out.row + out.channel;
-    with_output(*out.output, [&](auto residual, auto* to) DFQ_LAMBDA {
+      if (out.window_sums) {
+        subtract_zeros<kPixels>(out, pixel, sums);
+      }
+      const int64_t at = (out.first_pixel + pixel) * out.row + out.channel;
 #pragma GCC unroll 2
       for (int b = 0; b < kBlocks; ++b) {
-        using To = std::remove_pointer_t<decltype(to)>;
-        const BlockOutput<W, To, residual()> block(*out.output, to, out.block + b,
-                                                   out.channels - b * kLanes);
+        const BlockOutput<Dot::W, T, kResidual> block(*out.output, to, out.block + b,
+                                                      out.channels - b * kLanes);
         block.store(sums + b * kLanes, kBlocks * kLanes, kPixels, at + b * kLanes, out.row);
       }
-    });
+    }
   }
 
-  template <int kPixels, int kBlocks>
+  template <int kPixels>
   static DFQ_INLINE void subtract_zeros(const Writing& out, int64_t pixel, int32_t* sums) {
     const int32_t* zeros = out.output->weight_zero + out.block * kLanes;
     for (int p = 0; p < kPixels; ++p) {

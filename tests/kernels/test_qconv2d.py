@@ -76,6 +76,7 @@ LAYERS = {  # x, weights, window: whole and part units, tiles, panels and blocks
     "3x3": ((3, 64, 14, 14), (48, 3, 3, 64), Window(padding=(1, 1))),
     "rows in several units": ((1, 96, 50, 60), (16, 3, 3, 96), Window(padding=(1, 1))),
     "images in one unit": ((9, 32, 7, 7), (32, 3, 3, 32), Window(padding=(1, 1))),
+    "images in two units": ((9, 51, 19, 9), (6, 2, 1, 17), Window((1, 3), (5, 3), (1, 3), 3)),
     "1x1": ((2, 64, 9, 9), (100, 1, 1, 64), Window()),
     "1x1, stride 2": ((2, 33, 9, 8), (32, 1, 1, 33), Window((2, 2))),
     "1x1, padded": ((1, 8, 5, 5), (16, 1, 1, 8), Window((2, 3), (2, 1))),
@@ -105,7 +106,7 @@ def test_layers_of_networks(layer, four_bits, zeros):
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("layer", ["3x3", "1x1", "images in one unit", "depthwise"])
+@pytest.mark.parametrize("layer", ["3x3", "1x1", "images in two units", "depthwise"])
 def test_threads_do_not_change_a_bit(layer, threads):
     need_compiled("qconv2d")
     x_shape, weight_shape, window = LAYERS[layer]
