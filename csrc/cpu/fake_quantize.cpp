@@ -1,9 +1,10 @@
 // fake_quantize and its backward on the CPU: one pass over memory each, any layout.
 // The specification is dfq_kernels/fake_quantize.py; integers are equal to it, bit for bit.
+#include "fake_quantize.h"
+
 #include <type_traits>
 #include <vector>
 
-#include "fake_quantize.h"
 #include "fake_quantize_spans.h"
 #include "fake_quantize_units.h"
 
