@@ -68,7 +68,7 @@ class QuadRow {
     const int64_t row = v - shape.padding[0], left = shape.padding[1], columns = work.columns();
     const int64_t width = row < 0 || row >= shape.size[0] ? 0 : shape.size[1];
     const int64_t begin = std::min(left, columns), end = std::min(left + width, columns);
-    std::memset(to, shape.x_zero + 128, begin * kLanes);
+    fill(to, shape.x_zero + 128, begin);
     const int64_t stride = shape.channels, channels = work.channels;
     const int8_t* from = work.job.x + work.block * kLanes +
                          (work.image * shape.size[0] + row) * shape.size[1] * stride;
@@ -85,7 +85,16 @@ class QuadRow {
       std::memcpy(to + column * kLanes, &bytes, kLanes);
     }
     const int64_t rest = std::max(begin, end);
-    std::memset(to + rest * kLanes, shape.x_zero + 128, (columns - rest) * kLanes);
+    fill(to + rest * kLanes, shape.x_zero + 128, columns - rest);
+  }
+
+  // A few columns, for which a call of memset would take longer.
+  static DFQ_INLINE void fill(uint8_t* to, int32_t value, int64_t columns) {
+    Bytes bytes;
+    std::memset(&bytes, value, sizeof(bytes));
+    for (int64_t column = 0; column < columns; ++column) {
+      std::memcpy(to + column * kLanes, &bytes, sizeof(bytes));
+    }
   }
 
   static DFQ_INLINE Shorts low(Bytes a, Bytes b) {
@@ -175,16 +184,19 @@ struct ConvolveDepthwise {
   static DFQ_INLINE void convolve_row(const DepthwiseWork& work, int64_t row,
                                       const uint8_t* const* runs, const Out& out) {
     const int64_t width = work.out[1], channels = work.job.shape.channels;
-    int64_t at = (work.image * work.out[0] + row) * width * channels + work.block * kLanes;
+    const int64_t first = (work.image * work.out[0] + row) * width * channels + work.block * kLanes;
     alignas(64) int32_t sums[kTogether * kLanes];
-    int64_t column = 0;
-    for (; column + kTogether <= width; column += kTogether, at += kTogether * channels) {
-      sum_pixels<Dot, kTogether, kRuns>(work, runs, column, sums);
-      out.store(sums, kLanes, kTogether, at, channels);
+    if (width < kTogether) {
+      for (int64_t column = 0; column < width; ++column) {
+        sum_pixels<Dot, 1, kRuns>(work, runs, column, sums);
+        out.store(sums, kLanes, 1, first + column * channels, channels);
+      }
+      return;
     }
-    for (; column < width; ++column, at += channels) {
-      sum_pixels<Dot, 1, kRuns>(work, runs, column, sums);
-      out.store(sums, kLanes, 1, at, channels);
+    for (int64_t done = 0; done < width; done += kTogether) {
+      const int64_t column = std::min(done, width - kTogether);  // some are computed twice
+      sum_pixels<Dot, kTogether, kRuns>(work, runs, column, sums);
+      out.store(sums, kLanes, kTogether, first + column * channels, channels);
     }
   }
 
