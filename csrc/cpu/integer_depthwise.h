@@ -253,17 +253,21 @@ struct ConvolveDepthwise {
 };
 
 inline void convolve_depthwise(const Job& job) {
-  const int64_t blocks = job.weights.filter.blocks();
-  const auto ones = job.output.weight_zero ? ones_block(job.weights.filter) : std::vector<int8_t>();
-  for_each_chunk(job.shape.batch * blocks, [&](int64_t chunk) {
-    const DepthwiseWork work(job, chunk / blocks, chunk % blocks,
-                             ones.empty() ? nullptr : ones.data());
-    std::vector<uint8_t> ring(work.ring_bytes()), row(work.columns() * kLanes);
-    std::vector<const uint8_t*> runs(job.weights.filter.runs());
+  const Filter& filter = job.weights.filter;
+  const int64_t blocks = filter.blocks();
+  const auto ones = job.output.weight_zero ? ones_block(filter) : std::vector<int8_t>();
+  const int8_t* zeros = ones.empty() ? nullptr : ones.data();
+  torch::stable::parallel_for(0, job.shape.batch * blocks, 1, [&](int64_t begin, int64_t end) {
+    const DepthwiseWork any(job, 0, 0, zeros);
+    std::vector<uint8_t> ring(any.ring_bytes()), row(any.columns() * kLanes);
+    std::vector<const uint8_t*> runs(filter.runs());
     with_output(job.output, [&](auto residual, auto* to) {
       using Kernel =
           ConvolveDepthwise<std::remove_pointer_t<decltype(to)>, decltype(residual)::value>;
-      run_dot<Kernel>(&work, ring.data(), row.data(), runs.data(), to);
+      for (int64_t i = begin; i < end; ++i) {
+        const DepthwiseWork work(job, i / blocks, i % blocks, zeros);
+        run_dot<Kernel>(&work, ring.data(), row.data(), runs.data(), to);
+      }
     });
   });
 }
