@@ -17,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +46,7 @@ class Budget:
     narrow: int | None = None  # loads and stores of less, at most; None is any number
     rounded: int = 0  # in the whole kernel at least so many additions of the rounding constant
     fused: int | None = 0  # multiply-adds, at most; None is any number
+    divided: int = 0  # multiply-adds, at least: those of a division that is rounded correctly
     shared: int = 0  # loads and stores of shared memory, at most
 
 
@@ -98,30 +101,37 @@ def figures(families: Iterable[str]) -> dict[tuple[str, str, int], Figures]:
 
 def _main(families: list[str]) -> None:
     sys.path.insert(0, str(HERE))
-    compiled = _compile_instead_of_launching()
-    for family in families:
-        for case in importlib.import_module(family).CASES:
+    cases = [case for family in families for case in importlib.import_module(family).CASES]
+    with ThreadPoolExecutor() as pool:  # the disassembler takes as long as the compiler
+        read = {}
+        for case in cases:
             for architecture in case.architectures:
-                compiled.clear()
                 _pretend_to_have(architecture)
-                case.call()
+                with _compiling_instead_of_launching(set(case.budgets)) as compiled:
+                    case.call()
                 for kernel, cubin in compiled.items():
-                    if kernel in case.budgets:
-                        print(json.dumps([case.name, kernel, architecture, asdict(_read(cubin))]))
+                    read[case.name, kernel, architecture] = pool.submit(_read, cubin)
+        for key, found in read.items():
+            print(json.dumps([*key, asdict(found.result())]))
 
 
-def _compile_instead_of_launching() -> dict[str, bytes]:
-    """What the kernels that run from now on become, by name."""
+@contextmanager
+def _compiling_instead_of_launching(wanted: set[str]) -> Iterator[dict[str, bytes]]:
+    """What those of the kernels that run within the block become, by name."""
     from triton.runtime.jit import JITFunction
 
     compiled, run = {}, JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        compiled[self.fn.__name__] = kernel.asm["cubin"]
+        if self.fn.__name__ in wanted:
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+            compiled[self.fn.__name__] = kernel.asm["cubin"]
 
     JITFunction.run = compile_only
-    return compiled
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
 
 
 def _pretend_to_have(architecture: int) -> None:

@@ -60,7 +60,7 @@ def _all(*, backward):
 
 def _budget(registers, instructions, rounded, **others):
     """Of a forward kernel without a loop: two loads for the grid, and its division's multiplies."""
-    defaults = {"loads": 4, "stores": 4, "narrow": 2, "fused": 16}
+    defaults = {"loads": 4, "stores": 4, "narrow": 2, "fused": 16, "divided": 8}
     return Budget(registers, instructions, rounded=rounded, **{**defaults, **others})
 
 
@@ -111,10 +111,12 @@ def _case(direction, name, call, kernel, budget):
     budgets = {f"{kernel}_{direction}": budget}
     if name == "bf16" and direction == "backward":
         budgets["finish_backward"] = SUMS
-    architectures = EVERY_ARCHITECTURE if name in ("fp32", "bf16") else (80, 90)
-    return Case(f"{name} {direction}", call, budgets, architectures)
+    return Case(f"{name} {direction}", call, budgets, ARCHITECTURES.get(name, (80, 90)))
 
 
+HOPPER_ALONE = ("fp16", "bf16 odd", "bf16 huge", "bf16 dx alone", "bf16 dscale alone")
+ARCHITECTURES = {"fp32": EVERY_ARCHITECTURE, "bf16": EVERY_ARCHITECTURE}
+ARCHITECTURES |= dict.fromkeys(HOPPER_ALONE, (90,))
 CASES = [_case("forward", *line) for line in FORWARD]
 CASES += [_case("backward", *line) for line in BACKWARD]
 CASES += [

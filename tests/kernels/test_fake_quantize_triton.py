@@ -59,13 +59,22 @@ def test_programs_of_many_tiles(tiles_of_a_program, shape, axis, layout, tiles, 
     _assert_parity(x, axis)
 
 
+def test_second_stage_sums_in_float64():
+    """Programs leave 2**25, 1 and -2**25: in float32 nothing of the 1 would remain."""
+    grad = torch.cat([torch.full((1024,), 2.0**15), torch.ones(1), torch.zeros(1023)])
+    grad = torch.cat([grad, -grad[:1024]])
+    args = (torch.full_like(grad, 100.0), torch.ones(1), torch.zeros(1), -8, 7, None, 0.0, None)
+    _, dscale, dzero_point = ops.fake_quantize_backward(grad, *args, True, True, True)
+    assert (dscale.item(), dzero_point.item()) == (7, -1)
+
+
 @pytest.mark.parametrize("axis", [None, 0, 3])
 @pytest.mark.parametrize("far", [0, 1, 2, 3])
 def test_offsets_of_64_bits(far, axis):
-    """One dimension strides over 4 GB of address space, of which little is ever touched."""
-    shape = (3, 2, 3, 4)
-    strides = [2**31 if d == far else 8**d for d in range(4)]
-    storage = mmap.mmap(-1, 2 * (2**31 * (shape[far] - 1) + 8**4))
+    """One dimension strides over gigabytes of address space, of which little is ever touched."""
+    shape = (3, 3, 3, 4)
+    strides = [2**30 if d == far else 8**d for d in range(4)]  # 2**31 is an int64 by itself
+    storage = mmap.mmap(-1, 2 * (2**30 * (shape[far] - 1) + 8**4))
     x = torch.frombuffer(storage, dtype=torch.bfloat16).as_strided(shape, strides)
     x.copy_(torch.randn(shape))
     _assert_parity(x, axis)

@@ -34,5 +34,6 @@ def test_budget(family, kernel, budget):
     assert budget.narrow is None or narrow <= budget.narrow
     assert found.count("LDS.*|STS.*") <= budget.shared
     assert budget.fused is None or found.count("FFMA.*") <= budget.fused
+    assert found.count("FFMA.*") >= budget.divided
     assert found.rounding.get("FADD", 0) >= budget.rounded
     assert not any("MA" in opcode for opcode in found.rounding)
