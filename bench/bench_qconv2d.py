@@ -30,7 +30,7 @@ LAYERS = {  # layer, aims: times as fast as fp32, as oneDNN
     "MobileNetV1, 1x1": (Layer(8, 32, 112, 64, 1), 3, 0.75),
     "MobileNetV1, late 1x1": (Layer(8, 512, 14, 512, 1), 3, 0.85),
     "MobileNetV1, depthwise": (Layer(8, 64, 112, 64, 3, 2, groups=64), 1.5, 0.75),
-    "MobileNetV1, late depthwise": (Layer(8, 512, 14, 512, 3, groups=512), 1.5, 0.75),
+    "MobileNetV1, late depthwise": (Layer(8, 512, 14, 512, 3, groups=512), None, None),
 }
 if TINY:
     LAYERS = {"tiny": (Layer(2, 4, 6, 8, 3), 1, 1), "depthwise": (Layer(1, 8, 6, 8, 3, 2, 8), 1, 1)}

@@ -37,6 +37,20 @@ struct QuantizeSpan {
   }
 };
 
+// The codes of a row from [C, W] to [W, C]; kChannels is C, if that is known here.
+template <int64_t kChannels>
+struct Interleave {
+  template <int W>
+  static DFQ_INLINE void run(const int8_t* from, int64_t channels, int64_t width, int8_t* to) {
+    const int64_t count = kChannels ? kChannels : channels;
+    for (int64_t w = 0; w < width; ++w) {
+      for (int64_t c = 0; c < count; ++c) {
+        to[w * count + c] = from[c * width + w];
+      }
+    }
+  }
+};
+
 // The pixels of one row of an image, from any strides.
 template <class T>
 struct ImageRows {
@@ -52,7 +66,7 @@ struct ImageRows {
     const T* from = x + row / size[2] * stride[0] + row % size[2] * stride[2];
     int8_t* to = out + row * width * channels;
     std::vector<T> values(width);
-    std::vector<int8_t> codes(width);
+    std::vector<int8_t> codes(channels * width);
     for (int64_t c = 0; c < channels; ++c) {
       const T* channel = from + c * stride[1];
       if (stride[3] != 1) {
@@ -61,11 +75,10 @@ struct ImageRows {
         }
         channel = values.data();
       }
-      run<QuantizeSpan>(channel, codes.data(), width, scale);
-      for (int64_t w = 0; w < width; ++w) {
-        to[w * channels + c] = codes[w];
-      }
+      run<QuantizeSpan>(channel, codes.data() + c * width, width, scale);
     }
+    channels == 3 ? run<Interleave<3>>(codes.data(), channels, width, to)
+                  : run<Interleave<0>>(codes.data(), channels, width, to);
   }
 };
 
