@@ -24,7 +24,7 @@ from dfq.prepare.quantizer import Quantizer
 from dfq.types import DataSpec
 from dfq_kernels import _backend
 
-BATCH = 4 if TINY else 128
+BATCH = 2 if TINY else 128
 DATA = DataSpec(shape=(3, 32, 32), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
 OPS = tuple(
     op + end
@@ -35,7 +35,7 @@ OPS = tuple(
 
 @pytest.fixture
 def student():
-    teacher = CifarResNet(20).eval().requires_grad_(False)
+    teacher = CifarResNet(8 if TINY else 20).eval().requires_grad_(False)
     student = prepare(teacher.to(DEVICE, memory_format=torch.channels_last), "w4a4", data=DATA)
     calibrate(student, torch.randn(BATCH, *DATA.shape, device=DEVICE))
     return student
