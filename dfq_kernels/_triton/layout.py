@@ -65,16 +65,17 @@ class Layout:
 def layout_of(output: Tensor, inputs: tuple[Tensor, ...], axis: int | None) -> Layout:
     """``output`` is dense and not empty, ``inputs`` are of its shape."""
     strides = tuple(tensor.stride() for tensor in inputs)
-    return _layout(tuple(output.shape), output.stride(), strides, axis)
+    return layout_of_strides(output.shape, output.stride(), strides, axis)
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(
+def layout_of_strides(
     shape: tuple[int, ...],
     output: tuple[int, ...],
     inputs: tuple[tuple[int, ...], ...],
     axis: int | None,
 ) -> Layout:
+    """As layout_of, for tensors of this shape and these strides."""
     order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -output[d])
     dims = [(shape[d], tuple(strides[d] for strides in inputs)) for d in order]
     count = len(inputs)
