@@ -25,7 +25,9 @@ from dfq.types import DataSpec
 from dfq_kernels import _backend
 
 BATCH = 2 if TINY else 128
-DATA = DataSpec(shape=(3, 32, 32), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
+DATA = DataSpec(
+    shape=(3, 8, 8) if TINY else (3, 32, 32), classes=10, mean=(0.5,) * 3, std=(0.25,) * 3
+)
 OPS = tuple(
     op + end
     for op in ("fake_quantize", "fake_quantize_all", "batch_norm")
