@@ -105,9 +105,14 @@ def _axis(scale: Tensor) -> int | None:
     return None if scale.numel() == 1 else 0
 
 
-def _check_rows(x: Tensor) -> None:
+def has_rows(x: Tensor) -> bool:
+    """Whether ``x`` may be one of ``xs``: each index of dimension 0 is a row of neighbours."""
     by_pixel = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if x.ndim == 0 or not (by_pixel or x.is_contiguous()):
+    return x.ndim > 0 and (by_pixel or x.is_contiguous())
+
+
+def _check_rows(x: Tensor) -> None:
+    if not has_rows(x):
         raise ValueError(
             f"each x must be contiguous or channels_last, got strides {list(x.stride())} for shape "
             f"{list(x.shape)}; use fake_quantize for this one."

@@ -111,12 +111,12 @@ class Call:
 
     def window(self) -> dict[str, list[int]]:
         """Of max_pool2d: kernel, stride, padding and dilation along height and width."""
-        kernel = _pair(self._argument(1, "kernel_size", 1))
+        kernel = pair(self._argument(1, "kernel_size", 1))
         return {
             "kernel": kernel,
-            "stride": _pair(self._argument(2, "stride", None) or kernel),
-            "padding": _pair(self._argument(3, "padding", 0)),
-            "dilation": _pair(self._argument(4, "dilation", 1)),
+            "stride": pair(self._argument(2, "stride", None) or kernel),
+            "padding": pair(self._argument(3, "padding", 0)),
+            "dilation": pair(self._argument(4, "dilation", 1)),
         }
 
     def _argument(self, index: int, name: str, default: Any) -> Any:
@@ -175,5 +175,6 @@ def float_call(node: fx.Node, module: nn.Module | None) -> Call:
     return call
 
 
-def _pair(value: Any) -> list[int]:
+def pair(value: Any) -> list[int]:
+    """Of height and width, from one number for both or one for each."""
     return [value, value] if isinstance(value, int) else list(value)

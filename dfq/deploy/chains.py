@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
-from dfq.prepare.adds import QAdd, on_grid
+from dfq.prepare.adds import QAdd, is_relu, on_grid
 from dfq.prepare.frozen import Frozen
 from dfq.prepare.layers import QConv2d, QLinear, QReLU
 
-RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
 Modules = Mapping[str, nn.Module]
 
 
@@ -75,7 +72,7 @@ def _extend(chain: Chain, modules: Modules) -> bool:
         assert isinstance(carried, fx.Node)
         chain.add, chain.carried = module, carried
         chain.relu, chain.grid = module.relu, module.quantizer
-    elif isinstance(module, nn.ReLU) or (module is None and follower.target in RELUS):
+    elif is_relu(follower, modules):
         chain.relu = True
     elif isinstance(module, nn.ReLU6):
         chain.relu, chain.ceiling = True, 6.0

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dfq.deploy.program import Step
+from dfq.deploy.calls import pair
+from dfq.deploy.program import Grid, Step
 from dfq.types import InputError
 
 SAME = {  # one node, the inputs as they are
@@ -42,6 +43,11 @@ def convert(graph: Any, step: Step, tensors: dict[str, Tensor]) -> None:
         _CONVERTERS[name](graph, args, kwargs, step.output)
     else:
         raise InputError(f"the model calls {name}, for which this dfq writes no ONNX operator.")
+
+
+def container(grid: Grid) -> Any:
+    """The type that ONNX keeps the codes of a grid in."""
+    return np.uint8 if grid.quant_min >= 0 else np.int8
 
 
 def _argument(graph: Any, stored: Any, inputs: list[str], tensors: dict[str, Tensor]) -> Any:
@@ -86,7 +92,7 @@ def _pad(graph: Any, args: list[Any], kwargs: dict[str, Any], output: str) -> No
     grid = graph.grids.get(output)
     zero = graph.constant(0.0)
     if grid is not None:
-        zero = graph.constant(grid.zero_point, np.uint8 if grid.quant_min >= 0 else np.int8)
+        zero = graph.constant(grid.zero_point, container(grid))
     graph.node("Pad", [*inputs, zero, graph.constant(axes, np.int64)], output)
 
 
@@ -114,15 +120,15 @@ def _pool(kind: str) -> Callable[..., None]:
             ["dilation", "ceil_mode"] if kind == "MaxPool" else ["ceil_mode", "count_include_pad"]
         )
         values = kwargs | dict(zip(names, args[1:], strict=False))
-        kernel = _pair(values["kernel_size"])
+        kernel = pair(values["kernel_size"])
         attributes = {
             "kernel_shape": kernel,
-            "strides": _pair(values.get("stride") or kernel),
-            "pads": _pair(values.get("padding", 0)) * 2,
+            "strides": pair(values.get("stride") or kernel),
+            "pads": pair(values.get("padding", 0)) * 2,
             "ceil_mode": int(values.get("ceil_mode", False)),
         }
         if kind == "MaxPool":
-            attributes["dilations"] = _pair(values.get("dilation", 1))
+            attributes["dilations"] = pair(values.get("dilation", 1))
         else:
             attributes["count_include_pad"] = int(values.get("count_include_pad", True))
         graph.node(kind, [args[0]], output, **attributes)
@@ -146,10 +152,6 @@ def _clip(low: float | None, high: float | None) -> Callable[..., None]:
 
 def _silu(graph: Any, args: list[Any], kwargs: dict[str, Any], output: str) -> None:
     graph.node("Mul", [args[0], graph.node("Sigmoid", [args[0]])], output)
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 _CONVERTERS: dict[str, Callable[..., None]] = {

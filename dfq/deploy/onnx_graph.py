@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dfq.deploy import onnx_calls
+from dfq.deploy.onnx_calls import container
 from dfq.deploy.packed import PackedModel
 from dfq.deploy.program import INPUT, Grid, Step
 from dfq.types import InputError
@@ -96,8 +97,8 @@ class Graph:
 
     def on_grid(self, value: str, grid: Grid, output: str) -> None:
         """Quantize a float value."""
-        container = np.iinfo(_container(grid))
-        if (grid.quant_min, grid.quant_max) != (container.min, container.max):
+        codes = np.iinfo(container(grid))
+        if (grid.quant_min, grid.quant_max) != (codes.min, codes.max):
             ends = (grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point)
             low, high = (self.constant(end * np.float32(grid.scale)) for end in ends)
             value = self.node("Clip", [value, low, high])
@@ -105,7 +106,7 @@ class Graph:
         self.grids[output] = grid
 
     def _parameters(self, grid: Grid) -> list[str]:
-        zero = self.constant(grid.zero_point, _container(grid))
+        zero = self.constant(grid.zero_point, container(grid))
         return [self.constant(grid.scale), zero]
 
     def _quantize(self, step: Step, tensors: dict[str, Tensor]) -> None:
@@ -207,10 +208,6 @@ class Graph:
             self.on_grid(value, Grid.of(n["grid"]), step.output)
         else:
             self.node("Identity", [value], step.output)
-
-
-def _container(grid: Grid) -> Any:
-    return np.uint8 if grid.quant_min >= 0 else np.int8
 
 
 def _geometry(n: Any) -> dict[str, Any]:

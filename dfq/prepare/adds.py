@@ -81,7 +81,7 @@ def quantize_adds(student: nn.Module, spec: QuantSpec, *, scales: str = "learned
     for node in adds:
         modules = dict(student.named_modules())
         carried, computed = _branches(node, modules)
-        relu = [user for user in node.users if len(node.users) == 1 and _is_relu(user, modules)]
+        relu = [user for user in node.users if len(node.users) == 1 and is_relu(user, modules)]
         carried_spec = None if on_grid(carried, modules) else spec
         add = QAdd(spec, carried_spec, relu=bool(relu), scales=scales, device=device)
         name = _free_name(node, modules)
@@ -105,7 +105,8 @@ def _calls(node: fx.Node, targets: tuple[Any, ...]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets
 
 
-def _is_relu(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether it is a ReLU, of a module, a function or a method."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], nn.ReLU)
     return _calls(node, _RELUS)

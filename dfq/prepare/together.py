@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dfq.prepare.layers import QConv2d, QLinear
 from dfq.prepare.quantizer import LOG_SMALLEST, Quantizer
 from dfq_kernels import fake_quantize_all
+from dfq_kernels.fake_quantize_all import has_rows
 
 
 def quantize_weights_together(student: nn.Module) -> None:
@@ -52,12 +53,10 @@ def _forget(student: nn.Module, args: Any, output: Any) -> None:
 def _joins(module: nn.Module) -> bool:
     if not isinstance(module, QConv2d | QLinear):
         return False
-    quantizer, weight = module.weight_quantizer, module.weight
+    quantizer = module.weight_quantizer
     plain = quantizer.mode == "learned" and quantizer.has_scale and not quantizer.spec.midrise
     awake = not (quantizer.bypass or quantizer.observing)
-    last = torch.channels_last
-    rows = weight.is_contiguous() or (weight.ndim == 4 and weight.is_contiguous(memory_format=last))
-    return plain and awake and rows
+    return plain and awake and has_rows(module.weight)
 
 
 class _ScaleGradients(torch.autograd.Function):
