@@ -81,10 +81,11 @@ def quantize_reference(
     """The definition that every other implementation must match."""
     inverse, _, low, high = _grid(x, scale, zero_point, quant_min, quant_max, None)
     steps = _round_half_even(_clamp(x.float() * inverse, low, high))
-    return _empty(x).copy_(steps + (quant_min - low) - offset)
+    return empty_codes(x).copy_(steps + (quant_min - low) - offset)
 
 
-def _empty(x: Tensor) -> Tensor:
+def empty_codes(x: Tensor) -> Tensor:
+    """int8, shape of ``x``, in the memory layout that ``quantize`` gives."""
     layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
     return torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=layout)
 
@@ -113,4 +114,4 @@ for _device in ("cpu", "cuda"):
 
 @_quantize.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
-    return _empty(x)
+    return empty_codes(x)
