@@ -8,6 +8,9 @@ operation rounded once,
     f = f if f > 0 else 0                                      with relu
     y = clamp(round(f) + grid.zero, grid.low, grid.high)       with a grid: int8, ties to even
 
+What has only 4 bits, -8 to 7, may lie in memory by ``packing.pack_channels``: the input, the
+residual, and with ``grid.packed`` the output. They are uint8 then, with half as many channels.
+
 The product and the addition are two roundings and not a fused one, because that is what every
 backend can do alike: PyTorch has no fused operation that rounds once, and float64 rounds twice.
 """
@@ -22,10 +25,11 @@ from torch import Tensor
 
 from dfq_kernels import _backend
 from dfq_kernels.fake_quantize import _clamp, _round_half_even
-from dfq_kernels.packing import pack_int4, packed_size, unpack_int4
+from dfq_kernels.packing import check_packed, pack_int4, packed_size, unpack_int4
 from dfq_kernels.quantize import INT8_MAX, INT8_MIN
 
 LARGEST_SUM = 2**31 - 1  # int32
+INT4_MIN, INT4_MAX = -8, 7
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Residual:
     """``(values - zero) * multiplier`` is added to the output.
 
     Attributes:
-        values: int8, in shape and memory layout of the output.
+        values: int8, in shape and memory layout of the output; or packed, as a packed output is.
         multiplier: their scale, over that of the output.
         zero: what stands for real zero among them.
     """
@@ -68,11 +72,19 @@ class Residual:
 
 @dataclass(frozen=True)
 class Int8Grid:
-    """The integers that an output is stored as: ``low`` to ``high``, and ``zero`` for real zero."""
+    """The integers that an output is stored as: ``low`` to ``high``, and ``zero`` for real zero.
+
+    If ``packed``, two in a byte; they must be -8 to 7 and a multiple of 64 channels.
+    """
 
     zero: int = 0
     low: int = INT8_MIN
     high: int = INT8_MAX
+    packed: bool = False
+
+    def numbers(self) -> list[int]:
+        """As the ops take it: zero, low, high, and 1 if packed."""
+        return [self.zero, self.low, self.high, *([1] if self.packed else [])]
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ class Epilogue:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, float, int, bool, list[int]]:
         """As the ops take them, in their order."""
         residual = self.residual
-        grid = [] if self.grid is None else [self.grid.zero, self.grid.low, self.grid.high]
+        grid = [] if self.grid is None else self.grid.numbers()
         if residual is None:
             return self.multiplier, self.bias, None, 0.0, 0, self.relu, grid
         rest = (residual.values, residual.multiplier, residual.zero, self.relu, grid)
@@ -161,14 +173,24 @@ def finish(
     f = sums.float() * multiplier
     f = f + (torch.zeros_like(multiplier) if bias is None else bias)
     if residual is not None:
+        if residual.dtype == torch.uint8:
+            residual = unpack_int4(residual, 2 * residual.shape[-1])
         f = f + (residual.float() - residual_zero) * residual_multiplier
     if relu:
         f = torch.where(f > 0, f, 0.0)
     if not grid:
         return f
-    zero, low, high = grid
+    zero, low, high, *packed = grid
     ends = (f.new_tensor(low - zero), f.new_tensor(high - zero))
-    return (_round_half_even(_clamp(f, *ends)) + zero).to(torch.int8)
+    codes = (_round_half_even(_clamp(f, *ends)) + zero).to(torch.int8)
+    return pack_int4(codes) if packed else codes
+
+
+def output_of(channels: int, grid: list[int]) -> tuple[int, torch.dtype]:
+    """How many values a pixel of the output has, and of which type."""
+    if len(grid) > 3:
+        return channels // 2, torch.uint8
+    return channels, torch.int8 if grid else torch.float32
 
 
 def check(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, x_zero: int) -> None:
@@ -177,9 +199,12 @@ def check(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, x_zero: int) -> 
     Raises:
         ValueError: if something is not as described, or sums could leave int32.
     """
-    if x.dtype != torch.int8:
-        raise ValueError(f"x must be int8, got {x.dtype}; make it so with dfq_kernels.quantize.")
-    _check_int8("x_zero", x_zero)
+    if x.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(
+            f"x must be int8, or uint8 with two 4-bit integers a byte, got {x.dtype}; make it so "
+            "with dfq_kernels.quantize."
+        )
+    _check_stored("x_zero", x_zero, packed=x.dtype == torch.uint8)
     _check_weight(weight)
     out = (weight.shape[0],)
     for name, tensor, dtype in (
@@ -200,19 +225,32 @@ def check(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, x_zero: int) -> 
     check_grid(epilogue.grid)
 
 
-def check_residual(residual: Residual | None, shape: tuple[int, ...]) -> None:
-    """Its dtype and shape, which must be that of the output.
+def check_residual(
+    residual: Residual | None, shape: tuple[int, ...], axis: int, groups: int = 1
+) -> None:
+    """Its dtype and shape, which must be that of the output, packed or not.
+
+    Args:
+        residual: what is added, if anything.
+        shape: of the output, not packed.
+        axis: of its channels.
+        groups: of the layer.
 
     Raises:
         ValueError: if they are others.
     """
     if residual is None:
         return
-    _check_int8("the zero of the residual", residual.zero)
-    if residual.values.dtype != torch.int8 or residual.values.shape != shape:
+    found, expected = residual.values, list(shape)
+    packed = found.dtype == torch.uint8
+    _check_stored("the zero of the residual", residual.zero, packed=packed)
+    if packed:
+        check_packed("the residual", shape[axis], groups)
+        expected[axis] //= 2
+    if found.dtype not in (torch.int8, torch.uint8) or list(found.shape) != expected:
         raise ValueError(
-            f"the residual must be int8 of shape {list(shape)}, got {residual.values.dtype} of "
-            f"shape {list(residual.values.shape)}."
+            f"the residual must be int8 of shape {list(shape)}, or packed as such an output is, "
+            f"got {found.dtype} of shape {list(found.shape)}."
         )
 
 
@@ -243,11 +281,13 @@ def check_grid(grid: Int8Grid | None) -> None:
     if grid is None:
         return
     for name, value in (("zero", grid.zero), ("low", grid.low), ("high", grid.high)):
-        _check_int8(f"{name} of the output's grid", value)
+        _check_stored(f"{name} of the output's grid", value, packed=grid.packed)
     if grid.low > grid.high:
         raise ValueError(f"the output's grid must not be empty, got {grid.low} to {grid.high}.")
 
 
-def _check_int8(name: str, value: int) -> None:
-    if not INT8_MIN <= value <= INT8_MAX:
-        raise ValueError(f"{name} must be an int8, got {value}.")
+def _check_stored(name: str, value: int, *, packed: bool) -> None:
+    least, most = (INT4_MIN, INT4_MAX) if packed else (INT8_MIN, INT8_MAX)
+    if not least <= value <= most:
+        kind = f"{least} to {most} where values are packed" if packed else "an int8"
+        raise ValueError(f"{name} must be {kind}, got {value}.")

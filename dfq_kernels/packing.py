@@ -62,6 +62,49 @@ def unpack_int4(packed: Tensor, size: int) -> Tensor:
     return halves.flatten(-3)[..., :size]
 
 
+def pack_channels(codes: Tensor, axis: int = 1) -> Tensor:
+    """Activations from -8 to 7, packed along their channels, as ``qconv2d`` and ``qlinear`` read.
+
+    Args:
+        codes: int8; [B, C, H, W] of ``qconv2d``, [..., K] with axis -1 of ``qlinear``.
+        axis: of the channels, whose number must be a multiple of 64.
+
+    Returns:
+        uint8, half as many channels; they are neighbours in memory.
+
+    Raises:
+        ValueError: if ``codes`` is not int8, or has another number of channels.
+    """
+    check_packed("a tensor", codes.shape[axis])
+    return pack_int4(codes.movedim(axis, -1)).movedim(-1, axis)
+
+
+def unpack_channels(x: Tensor, axis: int = 1) -> Tensor:
+    """What ``pack_channels`` packed, int8; what is not uint8 stays as it is."""
+    if x.dtype != torch.uint8:
+        return x
+    rows = x.movedim(axis, -1)
+    return unpack_int4(rows, 2 * rows.shape[-1]).movedim(-1, axis)
+
+
+def channels_of(x: Tensor, axis: int) -> int:
+    """Of an input, whether packed or not."""
+    return x.shape[axis] * (2 if x.dtype == torch.uint8 else 1)
+
+
+def check_packed(name: str, channels: int, groups: int = 1) -> None:
+    """Whether a layer can have packed activations.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if channels % PACK_BK or groups != 1:
+        raise ValueError(
+            f"{name} may be packed only with a multiple of {PACK_BK} channels and groups=1, got "
+            f"{channels} channels and groups={groups}; keep it in int8."
+        )
+
+
 def packed_size(size: int) -> int:
     """Bytes that ``size`` packed integers take."""
     return -(-size // PACK_BK) * (PACK_BK // 2)

@@ -17,7 +17,9 @@ from dfq_kernels.integer import (
     check_residual,
     finish,
     integers,
+    output_of,
 )
+from dfq_kernels.packing import channels_of, check_packed, unpack_channels
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def qconv2d(
     gradient.
 
     Args:
-        x: [B, C, H, W], int8, in channels_last memory: as ``quantize`` makes it.
+        x: [B, C, H, W], int8, in channels_last memory: as ``quantize`` makes it; or [B, C / 2, H,
+            W], uint8, by ``pack_channels``.
         weight: of shape [O, kh, kw, C / groups]; ``prepack`` it once, for the CPU.
         epilogue: scale, bias, residual, ReLU, and the grid of the output.
         window: stride, padding, dilation and groups.
@@ -62,6 +65,7 @@ def qconv2d(
 
     Returns:
         [B, O, H', W'] in channels_last memory; int8 if ``epilogue`` has a grid, else float32.
+        Packed: [B, O / 2, H', W'], uint8.
 
     Raises:
         ValueError: if an argument is not as described, or sums could leave int32.
@@ -75,7 +79,10 @@ def qconv2d(
             f"a kernel of {kernel} with dilation {window.dilation} does not fit into "
             f"{list(x.shape)} with padding {window.padding}."
         )
-    check_residual(epilogue.residual, (x.shape[0], weight.shape[0], *size))
+    if epilogue.grid is not None and epilogue.grid.packed:
+        check_packed("the output", weight.shape[0], window.groups)
+    shape = (x.shape[0], weight.shape[0], *size)
+    check_residual(epilogue.residual, shape, 1, window.groups)
     if epilogue.residual is not None:
         _check_layout("the residual", epilogue.residual.values)
     geometry = (window.stride, window.padding, window.dilation, window.groups)
@@ -106,6 +113,7 @@ def qconv2d_reference(
     grid: list[int],
 ) -> Tensor:
     """The definition that every other implementation must match, bit for bit."""
+    x = unpack_channels(x)
     shape = [multiplier.shape[0], *kernel_size, x.shape[1] // groups]
     whole = integers(weight, weight_zero, shape).permute(0, 3, 1, 2)
     # float64 holds every sum, and every part of one, exactly
@@ -129,10 +137,12 @@ def _check_images(x: Tensor, weight: IntegerWeight, window: Window) -> None:
         )
     _check_layout("x", x)
     out, *_, channels = weight.shape
-    if channels * window.groups != x.shape[1] or out % window.groups:
+    if x.dtype == torch.uint8:
+        check_packed("x", channels_of(x, 1), window.groups)
+    if channels * window.groups != channels_of(x, 1) or out % window.groups:
         raise ValueError(
             f"weights {list(weight.shape)} with groups={window.groups} do not fit x of "
-            f"{x.shape[1]} channels."
+            f"{channels_of(x, 1)} channels."
         )
     if min(*window.stride, *window.dilation) < 1 or min(window.padding) < 0:
         raise ValueError(f"strides and dilations must be positive, padding not negative: {window}.")
@@ -178,6 +188,5 @@ def _(
 ) -> Tensor:
     window = Window(_pair(stride), _pair(padding), _pair(dilation), groups)
     size = window.output_size((x.shape[2], x.shape[3]), _pair(kernel_size))
-    dtype = torch.int8 if rest[-1] else torch.float32
-    shape = (x.shape[0], multiplier.shape[0], *size)
-    return _empty(x, shape, dtype)
+    channels, dtype = output_of(multiplier.shape[0], rest[-1])
+    return _empty(x, (x.shape[0], channels, *size), dtype)

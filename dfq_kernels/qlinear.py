@@ -15,7 +15,9 @@ from dfq_kernels.integer import (
     check_residual,
     finish,
     integers,
+    output_of,
 )
+from dfq_kernels.packing import channels_of, check_packed, unpack_channels
 
 
 def qlinear(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, x_zero: int = 0) -> Tensor:
@@ -24,25 +26,29 @@ def qlinear(x: Tensor, weight: IntegerWeight, epilogue: Epilogue, *, x_zero: int
     The sums are exact, in int32. There is no gradient.
 
     Args:
-        x: [..., K], int8, contiguous.
+        x: [..., K], int8, contiguous; or [..., K / 2], uint8, by ``pack_channels``.
         weight: of shape [O, K]; ``prepack`` it once, for the CPU.
         epilogue: scale, bias, residual, ReLU, and the grid of the output.
         x_zero: what stands for real zero in ``x``.
 
     Returns:
-        [..., O], contiguous; int8 if ``epilogue`` has a grid, else float32.
+        [..., O], contiguous; int8 if ``epilogue`` has a grid, else float32. Packed: [..., O / 2].
 
     Raises:
         ValueError: if an argument is not as described, or sums could leave int32.
     """
     check(x, weight, epilogue, x_zero)
-    if x.ndim == 0 or len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
+    if x.ndim == 0 or len(weight.shape) != 2 or channels_of(x, -1) != weight.shape[1]:
         raise ValueError(
             f"x must be [..., K] and weights [O, K], got {list(x.shape)} and {list(weight.shape)}."
         )
     if not x.is_contiguous():
         raise ValueError(f"x must be contiguous, got strides {x.stride()}; call .contiguous().")
-    check_residual(epilogue.residual, (*x.shape[:-1], weight.shape[0]))
+    if x.dtype == torch.uint8:
+        check_packed("x", channels_of(x, -1))
+    if epilogue.grid is not None and epilogue.grid.packed:
+        check_packed("the output", weight.shape[0])
+    check_residual(epilogue.residual, (*x.shape[:-1], weight.shape[0]), -1)
     if epilogue.residual is not None and not epilogue.residual.values.is_contiguous():
         raise ValueError("the residual must be contiguous; call .contiguous() on it.")
     tensors = (x, weight.values, weight.zero, weight.prepacked)
@@ -67,6 +73,7 @@ def qlinear_reference(
     grid: list[int],
 ) -> Tensor:
     """The definition that every other implementation must match, bit for bit."""
+    x = unpack_channels(x, -1)
     whole = integers(weight, weight_zero, [multiplier.shape[0], x.shape[-1]])
     # float64 holds every sum, and every part of one, exactly
     sums = (x.double() - x_zero) @ whole.double().T
@@ -96,5 +103,5 @@ def _(
     multiplier: Tensor,
     *rest: Any,
 ) -> Tensor:
-    dtype = torch.int8 if rest[-1] else torch.float32
-    return x.new_empty((*x.shape[:-1], multiplier.shape[0]), dtype=dtype)
+    size, dtype = output_of(multiplier.shape[0], rest[-1])
+    return x.new_empty((*x.shape[:-1], size), dtype=dtype)

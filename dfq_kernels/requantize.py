@@ -41,6 +41,8 @@ def requantize(codes: Tensor, ratio: tuple[float, float], zero: int, grid: Int8G
     if min(ratio) <= 0:
         raise ValueError(f"both scales must be positive, got {ratio}.")
     check_grid(grid)
+    if grid.packed:
+        raise ValueError("requantize writes int8 only; pack them with pack_channels.")
     return _requantize(codes, *ratio, zero, grid.zero, grid.low, grid.high)
 
 

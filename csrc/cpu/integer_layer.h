@@ -9,6 +9,7 @@
 #include "common.h"
 #include "integer_conv.h"
 #include "integer_depthwise.h"
+#include "packed_channels.h"
 
 namespace dfq {
 
@@ -22,7 +23,8 @@ struct Epilogue {
   double residual_multiplier;
   int64_t residual_zero;
   bool relu;
-  const std::vector<int64_t>& grid;  // zero, low, high of an int8 output; none: float32
+  const std::vector<int64_t>& grid;  // zero, low, high of an int8 output, and 1 if it is packed
+                                     // then; none: float32
 };
 
 inline void check_int8(int64_t value, const char* name) {
@@ -124,12 +126,17 @@ inline void run_layer(const Convolution& shape, const Tensor& x, const ReadyWeig
   }
 }
 
-// The output's dtype, after a check of its grid.
+inline bool is_packed(const std::vector<int64_t>& grid) { return grid.size() == 4; }
+
+// The output's dtype before it is packed, after a check of its grid.
 inline ScalarType output_type(const std::vector<int64_t>& grid) {
-  STD_TORCH_CHECK(grid.empty() || grid.size() == 3, "expected zero, low and high of the output");
+  STD_TORCH_CHECK(grid.empty() || grid.size() == 3 || (is_packed(grid) && grid[3] == 1),
+                  "expected zero, low and high of the output, and 1 if it is packed");
   for (const int64_t value : grid) {
     check_int8(value, "the grid of the output");
   }
+  STD_TORCH_CHECK(!is_packed(grid) || (grid[1] >= -8 && grid[2] <= 7),
+                  "a packed output holds -8 to 7");
   return grid.empty() ? ScalarType::Float : ScalarType::Char;
 }
 

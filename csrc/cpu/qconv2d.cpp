@@ -12,8 +12,9 @@ using Sizes = std::vector<int64_t>;
 
 // [B, C, H, W] in channels_last memory.
 void check_images(const Tensor& images, const Sizes& sizes, const char* name) {
-  STD_TORCH_CHECK(images.scalar_type() == ScalarType::Char && images.dim() == 4, name,
-                  " must be int8 [B, C, H, W]");
+  STD_TORCH_CHECK(
+      (images.scalar_type() == ScalarType::Char || is_packed(images)) && images.dim() == 4, name,
+      " must be int8 [B, C, H, W], or packed");
   int64_t expected = 1;
   for (const int64_t d : {1, 3, 2, 0}) {
     STD_TORCH_CHECK(images.size(d) == sizes[d], name, " has size ", images.size(d),
@@ -24,6 +25,19 @@ void check_images(const Tensor& images, const Sizes& sizes, const char* name) {
   }
 }
 
+// `sizes` of codes as they are packed.
+Sizes packed_sizes(Sizes sizes) {
+  STD_TORCH_CHECK(sizes[1] % kPackBlock == 0, "packed activations have a multiple of 64 channels");
+  sizes[1] /= 2;
+  return sizes;
+}
+
+// Images that were checked, of `sizes`, and int8.
+Tensor as_bytes(const Tensor& images, const Sizes& sizes, const char* name) {
+  check_images(images, is_packed(images) ? packed_sizes(sizes) : sizes, name);
+  return is_packed(images) ? unpack_channels(images, sizes, MemoryFormat::ChannelsLast) : images;
+}
+
 Filter filter_of(int64_t out, const Sizes& kernel, int64_t in, int64_t groups,
                  const Sizes& dilation) {
   STD_TORCH_CHECK(
@@ -32,15 +46,15 @@ Filter filter_of(int64_t out, const Sizes& kernel, int64_t in, int64_t groups,
   return {out, kernel[0], kernel[1], in, groups, dilation[1]};
 }
 
-Tensor qconv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& weight_zero,
+Tensor qconv2d_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& weight_zero,
                    const OptionalTensor& prepacked, int64_t x_zero, const Sizes& kernel,
                    const Sizes& stride, const Sizes& padding, const Sizes& dilation, int64_t groups,
                    const Tensor& multiplier, const OptionalTensor& bias,
                    const OptionalTensor& residual, double residual_multiplier,
                    int64_t residual_zero, bool relu, const Sizes& grid) {
-  STD_TORCH_CHECK(x.dim() == 4 && stride.size() == 2 && padding.size() == 2, "x must be 4-d");
-  check_images(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, "x");
-  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(input.dim() == 4 && stride.size() == 2 && padding.size() == 2, "x must be 4-d");
+  const int64_t channels = input.size(1) * (is_packed(input) ? 2 : 1);
+  const Tensor x = as_bytes(input, {input.size(0), channels, input.size(2), input.size(3)}, "x");
   STD_TORCH_CHECK(groups > 0 && channels % groups == 0, "groups must divide the channels of x");
   const Convolution shape{
       x.size(0),
@@ -54,17 +68,15 @@ Tensor qconv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& 
       static_cast<int32_t>(x_zero)};
   const Sizes sizes{x.size(0), shape.filter.out, shape.out_size(0), shape.out_size(1)};
   STD_TORCH_CHECK(sizes[2] > 0 && sizes[3] > 0, "the window is larger than the image");
-  if (residual) {
-    check_images(*residual, sizes, "the residual");
-  }
-  const Tensor out =
-      torch::stable::empty(sizes, output_type(grid), std::nullopt, x.device(), std::nullopt,
-                           torch::headeronly::MemoryFormat::ChannelsLast);
+  const OptionalTensor added =
+      residual ? OptionalTensor(as_bytes(*residual, sizes, "the residual")) : std::nullopt;
+  const Tensor out = torch::stable::empty(sizes, output_type(grid), std::nullopt, x.device(),
+                                          std::nullopt, MemoryFormat::ChannelsLast);
   const ReadyWeights weights(shape.filter, weight, prepacked);
-  const Epilogue epilogue{multiplier,    bias, residual, residual_multiplier,
-                          residual_zero, relu, grid};
+  const Epilogue epilogue{multiplier, bias, added, residual_multiplier, residual_zero, relu, grid};
   run_layer(shape, x, weights, weight_zero, epilogue, out);
-  return out;
+  return is_packed(grid) ? pack_channels(out, packed_sizes(sizes), MemoryFormat::ChannelsLast)
+                         : out;
 }
 
 // `shape` is [O, kh, kw, I].

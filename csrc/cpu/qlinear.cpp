@@ -7,31 +7,46 @@
 namespace dfq {
 namespace {
 
-Tensor qlinear_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& weight_zero,
+using Sizes = std::vector<int64_t>;
+
+// Codes of `rows` rows, int8; packed, they have whole blocks in each row.
+Tensor as_bytes(const Tensor& codes, int64_t rows, int64_t columns, const char* name) {
+  const int64_t expected = rows * columns / (is_packed(codes) ? 2 : 1);
+  STD_TORCH_CHECK((codes.scalar_type() == ScalarType::Char ||
+                   (is_packed(codes) && columns % kPackBlock == 0)) &&
+                      codes.is_contiguous() && codes.numel() == expected,
+                  name, " must be ", rows, " contiguous rows of ", columns,
+                  " int8, or packed with a multiple of 64");
+  return is_packed(codes) ? unpack_channels(codes, {rows, columns}, MemoryFormat::Contiguous)
+                          : codes;
+}
+
+Tensor qlinear_cpu(const Tensor& input, const Tensor& weight, const OptionalTensor& weight_zero,
                    const OptionalTensor& prepacked, int64_t x_zero, const Tensor& multiplier,
                    const OptionalTensor& bias, const OptionalTensor& residual,
                    double residual_multiplier, int64_t residual_zero, bool relu,
                    const std::vector<int64_t>& grid) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous() && x.scalar_type() == ScalarType::Char,
-                  "x must be contiguous int8");
-  const int64_t in = x.size(x.dim() - 1), out = multiplier.numel();
-  STD_TORCH_CHECK(in > 0 && out > 0, "x and the weights must have features");
-  const int64_t rows = x.numel() / in;
+  STD_TORCH_CHECK(input.dim() > 0, "x must have features");
+  const int64_t columns = input.size(input.dim() - 1), out = multiplier.numel();
+  STD_TORCH_CHECK(columns > 0 && out > 0, "x and the weights must have features");
+  const int64_t in = columns * (is_packed(input) ? 2 : 1), rows = input.numel() / columns;
+  const Tensor x = as_bytes(input, rows, in, "x");
   const Convolution shape{1,      {rows, 1}, in,     {out, 1, 1, in, 1, 1},       {1, 1},
                           {1, 1}, {0, 0},    {1, 1}, static_cast<int32_t>(x_zero)};
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Sizes sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = out;
-  if (residual) {
-    STD_TORCH_CHECK(residual->is_contiguous() && residual->numel() == rows * out &&
-                        residual->scalar_type() == ScalarType::Char,
-                    "the residual must be contiguous int8 in the shape of the output");
-  }
+  const OptionalTensor added =
+      residual ? OptionalTensor(as_bytes(*residual, rows, out, "the residual")) : std::nullopt;
   const Tensor y = torch::stable::empty(sizes, output_type(grid), std::nullopt, x.device());
   const ReadyWeights weights(shape.filter, weight, prepacked);
-  const Epilogue epilogue{multiplier,    bias, residual, residual_multiplier,
-                          residual_zero, relu, grid};
+  const Epilogue epilogue{multiplier, bias, added, residual_multiplier, residual_zero, relu, grid};
   run_layer(shape, x, weights, weight_zero, epilogue, y);
-  return y;
+  if (!is_packed(grid)) {
+    return y;
+  }
+  STD_TORCH_CHECK(out % kPackBlock == 0, "a packed output has a multiple of 64 channels");
+  sizes.back() = out / 2;
+  return pack_channels(y, sizes, MemoryFormat::Contiguous);
 }
 
 }  // namespace

@@ -263,7 +263,7 @@ X = images((1, 4, 5, 5))
 WEIGHT = integer_weight(torch.ones(2, 3, 3, 4, dtype=torch.int8))
 ONES = Epilogue(torch.ones(2))
 MISTAKES = {
-    "float x": ((X.float(), WEIGHT, ONES), "x must be int8, got torch.float32"),
+    "float x": ((X.float(), WEIGHT, ONES), "x must be int8, or .* got torch.float32"),
     "layout": ((X.contiguous(), WEIGHT, ONES), "x must be in channels_last memory"),
     "channels": ((X[:, :3], WEIGHT, ONES), "channels_last memory"),
     "groups": ((X, WEIGHT, ONES, Window(groups=2)), "groups=2 do not fit x of 4"),

@@ -138,7 +138,7 @@ X = torch.ones(3, 4, dtype=torch.int8)
 WEIGHT = integer_weight(torch.ones(2, 4, dtype=torch.int8))
 ONES = Epilogue(torch.ones(2))
 MISTAKES = {
-    "float x": ((X.float(), WEIGHT, ONES), "x must be int8, got torch.float32"),
+    "float x": ((X.float(), WEIGHT, ONES), "x must be int8, or .* got torch.float32"),
     "layout": ((X.T.contiguous().T, WEIGHT, ONES), "x must be contiguous"),
     "features": ((X[:, :3].contiguous(), WEIGHT, ONES), r"got \[3, 3\] and \[2, 4\]"),
     "bias": (
