@@ -12,6 +12,7 @@ from dfq.methods.ddaq import DDAQ_EFFORTS, DDAQConfig, ddaq
 from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
 from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq
 from dfq.methods.genie import GENIE_EFFORTS, GENIEConfig, genie
+from dfq.methods.squant import SQUANT_EFFORTS, SQuantConfig, squant
 
 
 class Method(NamedTuple):
@@ -26,6 +27,7 @@ METHODS = {
     "dmkd": Method(dmkd, DMKD_EFFORTS),
     "gdfq": Method(gdfq, GDFQ_EFFORTS),
     "genie": Method(genie, GENIE_EFFORTS),
+    "squant": Method(squant, SQUANT_EFFORTS),
 }
 
 __all__ = [
@@ -35,8 +37,10 @@ __all__ = [
     "GDFQConfig",
     "GENIEConfig",
     "Method",
+    "SQuantConfig",
     "ddaq",
     "dmkd",
     "gdfq",
     "genie",
+    "squant",
 ]
