@@ -29,7 +29,7 @@ from dfq.synthesize.generate import (
     gdfq_criterion,
     generated_batches,
 )
-from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, lessons
+from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, given_batches, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -76,6 +76,7 @@ def ddaq(
     data: DataSpec,
     config: DDAQConfig,
     *,
+    given: Images | None = None,
     rng: torch.Generator,
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
@@ -103,6 +104,8 @@ def ddaq(
             rng=rng,
             report=report,
         )
+        if given:
+            batches = given_batches(given, config.schedule)
         for lesson in lessons(batches, config.schedule, rng=rng):
             if lesson.step == 0:
                 calibrate(student, lesson.pool.images)

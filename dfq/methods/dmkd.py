@@ -27,7 +27,7 @@ from dfq.distill.weighting import (
 )
 from dfq.prepare import calibrate, prepare, split_parameters
 from dfq.synthesize.generate import GDFQ_GENERATOR, GeneratorConfig, generated_batches
-from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, lessons
+from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, given_batches, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -79,6 +79,7 @@ def dmkd(
     data: DataSpec,
     config: DMKDConfig,
     *,
+    given: Images | None = None,
     rng: torch.Generator,
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
@@ -94,6 +95,8 @@ def dmkd(
     batches = generated_batches(
         teacher, data, config.generator, config.schedule.batches, rng=rng, report=report
     )
+    if given:
+        batches = given_batches(given, config.schedule)
     for lesson in lessons(batches, config.schedule, rng=rng):
         if lesson.step == 0:
             for model in (*teachers[1:], student):

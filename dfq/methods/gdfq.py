@@ -22,7 +22,7 @@ from dfq.distill.losses import kd_divergence
 from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
 from dfq.prepare import calibrate, split_parameters
 from dfq.synthesize.generate import GDFQ_GENERATOR, GeneratorConfig, generated_batches
-from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, lessons
+from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, given_batches, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -69,6 +69,7 @@ def gdfq(
     data: DataSpec,
     config: GDFQConfig,
     *,
+    given: Images | None = None,
     rng: torch.Generator,
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
@@ -77,6 +78,8 @@ def gdfq(
     batches = generated_batches(
         teacher, data, config.generator, config.schedule.batches, rng=rng, report=report
     )
+    if given:
+        batches = given_batches(given, config.schedule)
     for lesson in lessons(batches, config.schedule, rng=rng):
         if lesson.step == 0:
             calibrate(student, lesson.pool.images)

@@ -13,30 +13,16 @@ units of the block's error, scales learned by their logarithm, and grids as ``pr
 weights symmetric, activations asymmetric, residual sums on grids of their own.
 """
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dfq.distill.blocks import find_units
-from dfq.distill.reconstruct import (
-    GENIE_RECONSTRUCTION,
-    Knobs,
-    ReconstructionConfig,
-    Unit,
-    reconstruct,
-    reconstruction_units,
-)
-from dfq.prepare import QConv2d, QLinear, QReLU, Quantizer, calibrate
-from dfq.prepare.dropping import activation_quantizers, dropping
-from dfq.prepare.rounding import SoftRounding, soft_rounding
-from dfq.prepare.trace import trace
+from dfq.distill.reconstruct import GENIE_RECONSTRUCTION, ReconstructionConfig
+from dfq.methods.blockwise import check_learned, reconstruct_blocks
 from dfq.synthesize.latents import GENIE_LATENTS, LatentConfig, distilled_batches
-from dfq.types import DataSpec, Images, InputError, Report, silent
+from dfq.synthesize.pool import gather
+from dfq.types import DataSpec, Images, Report, silent
 
 
 @dataclass(frozen=True)
@@ -64,70 +50,28 @@ def genie(
     data: DataSpec,
     config: GENIEConfig,
     *,
+    given: Images | None = None,
     rng: torch.Generator,
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
     """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
-    _check_learned(student)
-    batches = list(distilled_batches(teacher, data, config.latents, rng=rng, report=report))
-    images = Images(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-    calibrate(student, images.images)
-    student.requires_grad_(False)
-    names = [n for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)]
-    graph = trace(student)
-    plan = find_units(graph, student, names, (QReLU,)) if graph else None
-    units = reconstruction_units(float_twin(student), student, plan, names, images.images)
-    steps = config.reconstruction.steps
-    total = steps * (plan.units if plan else len(names))
-    for index, unit in enumerate(units):
-        tell = partial(_tell, report, index * steps, total)
-        _reconstruct(student, unit, config.reconstruction, rng, tell)
-    return student.requires_grad_(True), images
+    check_learned(student)
+    images = given or genie_images(teacher, data, config, rng=rng, report=report)
+    reconstruct_blocks(student, images.images, config.reconstruction, rng=rng, report=report)
+    return student, images
 
 
-def float_twin(student: nn.Module) -> nn.Module:
-    """A copy of a prepared ``student`` that computes in float: same graph, same names."""
-    twin = copy.deepcopy(student)
-    for module in twin.modules():
-        if isinstance(module, Quantizer):
-            module.bypass = True
-    return twin
-
-
-def _reconstruct(
-    student: nn.Module,
-    unit: Unit,
-    config: ReconstructionConfig,
+def genie_images(
+    teacher: nn.Module,
+    data: DataSpec,
+    config: GENIEConfig,
+    *,
+    count: int | None = None,
     rng: torch.Generator,
-    tell: Callable[..., None],
-) -> None:
-    layers: list[Any] = [student.get_submodule(name) for name in unit.layers]
-    rounded, dropped = soft_rounding(layers), dropping(unit.student, config.drop, rng)
-    with rounded as roundings, dropped as redraw:
-        knobs = _knobs(unit.student, roundings, redraw)
-        reconstruct(unit, knobs, config, rng=rng, report=tell)
-    unit.student.requires_grad_(False)
-
-
-def _tell(report: Report, before: int, total: int, step: int, **values: Tensor) -> None:
-    report("reconstruct", before + step, total, **values)
-
-
-def _knobs(unit: nn.Module, roundings: list[SoftRounding], redraw: Callable[[], None]) -> Knobs:
-    inputs = [q.log_scale for q in activation_quantizers(unit) if q.mode == "learned"]
-    weights = [rounding.log_scale for rounding in roundings]
-    for scale in (*weights, *inputs):
-        scale.requires_grad_(True)
-    return Knobs(
-        rounding=[rounding.logits for rounding in roundings],
-        weight_scales=weights,
-        input_scales=inputs,
-        penalty=lambda beta: torch.stack([r.penalty(beta) for r in roundings]).sum(),
-        redraw=redraw,
-    )
-
-
-def _check_learned(student: nn.Module) -> None:
-    modes = {m.weight_quantizer.mode for m in student.modules() if isinstance(m, QConv2d | QLinear)}
-    if modes - {"learned"}:
-        raise InputError("GENIE learns the scales of weights; use scales learned, not minmax.")
+    report: Report = silent,
+) -> Images:
+    """Distill ``count`` images from ``teacher``, or as many as ``config`` says."""
+    latents = config.latents
+    if count:
+        latents = replace(latents, batches=-(-count // latents.batch_size))
+    return gather(distilled_batches(teacher, data, latents, rng=rng, report=report), count)

@@ -40,16 +40,21 @@ def squant(
     data: DataSpec,
     config: SQuantConfig,
     *,
+    given: Images | None = None,
     rng: torch.Generator,
     report: Report = silent,
 ) -> tuple[nn.Module, Images]:
-    """Round ``student``, prepared from ``teacher``, in place; return it and the noise."""
-    device = next(teacher.parameters()).device
-    mean, std = image_moments(data)
-    noise = mean + std * torch.randn(config.images, *data.shape, generator=rng).to(device)
-    with torch.no_grad():
-        labels = torch.cat([teacher(part).argmax(1) for part in noise.split(64)])
-    calibrate(student, noise)
+    """Round ``student``, prepared from ``teacher``, in place; return it and its images."""
+    images = given or _noise(teacher, data, config.images, rng)
+    calibrate(student, images.images)
     balance_rounding(student)
     report("round", 1, 1)
-    return student, Images(noise, labels)
+    return student, images
+
+
+@torch.no_grad()
+def _noise(teacher: nn.Module, data: DataSpec, count: int, rng: torch.Generator) -> Images:
+    device = next(teacher.parameters()).device
+    mean, std = image_moments(data)
+    noise = mean + std * torch.randn(count, *data.shape, generator=rng).to(device)
+    return Images(noise, torch.cat([teacher(part).argmax(1) for part in noise.split(64)]))

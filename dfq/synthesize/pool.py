@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dfq.synthesize.swing import shifted
 from dfq.types import Images, InputError
 
 
@@ -80,6 +80,25 @@ def lessons(
             yield Lesson(augment(images, schedule.shift, rng), labels, step, steps, pool.all())
 
 
+def gather(batches: Iterable[Images], count: int | None = None) -> Images:
+    """All images of ``batches``, or the first ``count`` of them."""
+    images, labels = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
+    return Images(images, labels)
+
+
+def given_batches(images: Images, schedule: Schedule) -> Iterator[Images]:
+    """``schedule.batches`` parts of ``images``, of which ``pool_batches`` hold all of them.
+
+    Takes the place of a generator where the images are there already; after the last image the
+    first one follows.
+    """
+    size = -(-len(images.images) // schedule.pool_batches)
+    for batch in range(schedule.batches):
+        index = torch.arange(batch * size, (batch + 1) * size) % len(images.images)
+        index = index.to(images.images.device)
+        yield Images(images.images[index], images.labels[index])
+
+
 class ImagePool:
     """The latest ``capacity`` images [N, C, H, W] and their labels [N]; the oldest leave first."""
 
@@ -121,15 +140,14 @@ def augment(images: Tensor, shift: int | None, rng: torch.Generator) -> Tensor:
 
     ``None`` leaves them as they are.
     Edges are mirrored, so that no border appears that the teacher never saw. ``rng`` is a CPU
-    generator: the size of the crop's margins must be known to the host.
+    generator: the host must know how far.
     """
     if shift is None:
         return images
-    batch, _, height, width = images.shape
-    flip = (torch.rand(batch, generator=rng) < 0.5).to(images.device)
+    flip = (torch.rand(len(images), generator=rng) < 0.5).to(images.device)
     images = torch.where(flip[:, None, None, None], images.flip(3), images)
     if shift == 0:
         return images
-    padded = F.pad(images, (shift,) * 4, mode="reflect")
-    top, left = torch.randint(2 * shift + 1, (2,), generator=rng).tolist()
-    return padded[:, :, top : top + height, left : left + width]
+    for dim, offset in zip((2, 3), torch.randint(2 * shift + 1, (2,), generator=rng), strict=True):
+        images = shifted(images, shift - int(offset), dim)
+    return images

@@ -44,11 +44,11 @@ def _moved(x: Tensor, stride: tuple[int, int], rng: torch.Generator) -> Tensor:
     for dim, step in zip((2, 3), stride, strict=True):
         reach = min(step, x.shape[dim]) - 1
         by = int(torch.randint(-reach, reach + 1, (), generator=rng))
-        x = _shifted(x, by, dim)
+        x = shifted(x, by, dim)
     return x
 
 
-def _shifted(x: Tensor, by: int, dim: int) -> Tensor:
+def shifted(x: Tensor, by: int, dim: int) -> Tensor:
     """``x`` moved ``by`` pixels along ``dim``, mirrored at the edge; cheaper than pad and crop."""
     size = x.shape[dim]
     if by == 0:

@@ -8,11 +8,12 @@ from torch import nn
 from dfq.distill.losses import kd_divergence
 from dfq.distill.reconstruct import ReconstructionConfig
 from dfq.methods import GENIEConfig, genie
-from dfq.methods.genie import GENIE_EFFORTS, float_twin
+from dfq.methods.blockwise import float_twin
+from dfq.methods.genie import GENIE_EFFORTS, genie_images
 from dfq.prepare import QConv2d, QLinear, Quantizer, calibrate, prepare
 from dfq.prepare.adds import QAdd
 from dfq.synthesize.latents import LatentConfig
-from dfq.types import DataSpec, InputError
+from dfq.types import DataSpec, Images, InputError
 
 DATA = DataSpec(shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
 TINY = GENIEConfig(
@@ -47,7 +48,7 @@ def _teacher(kind=nn.Sequential):
     return model.eval().requires_grad_(False)
 
 
-def _train(config=TINY, seed=0, bits="w3a3", kind=nn.Sequential, **options):
+def _train(config=TINY, seed=0, bits="w3a3", kind=nn.Sequential, given=None, **options):
     teacher, lines = _teacher(kind), []
     student = prepare(teacher, bits, data=DATA, **options)
     student, images = genie(
@@ -55,6 +56,7 @@ def _train(config=TINY, seed=0, bits="w3a3", kind=nn.Sequential, **options):
         student,
         DATA,
         config,
+        given=given,
         rng=torch.Generator().manual_seed(seed),
         report=lambda stage, step, steps, **v: lines.append((stage, step, steps, v)),
     )
@@ -137,6 +139,21 @@ def test_it_tells_every_step_of_both_stages():
     assert [line[0] for line in lines] == ["synthesize"] * 8 + ["reconstruct"] * 18
     told = [(step, steps) for stage, step, steps, _ in lines if stage == "reconstruct"]
     assert told == [(step, 18) for step in range(1, 19)]  # stem, block, classifier
+
+
+def test_given_images_are_learned_from_instead():
+    given = Images(torch.randn(32, 3, 8, 8), torch.zeros(32, dtype=torch.int64))
+    _, student, images, lines = _train(given=given)
+    assert {line[0] for line in lines} == {"reconstruct"}
+    assert images is given
+    assert not _same(student, _train()[1])
+
+
+def test_it_distills_as_many_images_as_asked_for():
+    rng = torch.Generator().manual_seed(0)
+    images = genie_images(_teacher(), DATA, TINY, count=37, rng=rng)
+    assert len(images.images) == len(images.labels) == 37
+    assert torch.equal(images.images[:16], _train()[2].images[:16])
 
 
 def test_it_comes_nearer_to_the_teacher_than_nearest_rounding():

@@ -9,7 +9,7 @@ from dfq.methods import METHODS
 from dfq.prepare import prepare
 from dfq.synthesize.generate import GeneratorConfig
 from dfq.synthesize.pool import Schedule
-from dfq.types import DataSpec
+from dfq.types import DataSpec, Images
 
 DISTILLING = ["ddaq", "dmkd", "gdfq"]  # by the same generator and schedule
 DATA = DataSpec(shape=(3, 8, 8), classes=4, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -31,7 +31,7 @@ def _teacher():
     return model.eval().requires_grad_(False)
 
 
-def _train(name, seed=0, report=None, **changes):
+def _train(name, seed=0, report=None, given=None, **changes):
     method = METHODS[name]
     teacher = _teacher()
     student = prepare(teacher, "w3a3", data=DATA)
@@ -39,7 +39,8 @@ def _train(name, seed=0, report=None, **changes):
     lines = []
     record = report or (lambda stage, step, steps, **v: lines.append((stage, step, steps, v)))
     rng = torch.Generator().manual_seed(seed)
-    student, images = method.run(teacher, student, DATA, config, rng=rng, report=record)
+    options = {"rng": rng, "report": record, "given": given}
+    student, images = method.run(teacher, student, DATA, config, **options)
     return teacher, student, images, lines
 
 
@@ -79,6 +80,15 @@ def test_the_pool_holds_the_latest_batches(name):
     *_, images, _ = _train(name)
     assert images.images.shape == (32, 3, 8, 8)
     assert images.labels.shape == (32,)
+
+
+@pytest.mark.parametrize("name", DISTILLING)
+def test_given_images_take_the_place_of_the_generator(name):
+    given = Images(torch.randn(32, 3, 8, 8), torch.arange(32) % 4)
+    _, student, images, lines = _train(name, given=given)
+    assert {stage for stage, *_ in lines} == {"distill"}
+    assert torch.equal(images.images, given.images)
+    assert not _same(student, _train(name)[1])
 
 
 @pytest.mark.parametrize("effort", ["quick", "default", "full", "paper"])

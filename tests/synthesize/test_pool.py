@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dfq.synthesize.pool import ImagePool, Schedule, augment, lessons
+from dfq.synthesize.pool import ImagePool, Schedule, augment, gather, given_batches, lessons
 from dfq.types import Images, InputError
 
 
@@ -123,3 +123,32 @@ def test_batches_are_made_no_earlier_than_needed():
 def test_a_schedule_without_lessons_is_refused(change, field):
     with pytest.raises(InputError, match=field):
         replace(SCHEDULE, **change)
+
+
+def test_augment_mirrors_the_edge_and_hands_every_pixel_its_gradient():
+    images = torch.arange(24.0).reshape(1, 1, 4, 6).requires_grad_()
+    rng = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(40):
+        moved = augment(images, 2, rng)
+        padded = torch.nn.functional.pad(images, (2,) * 4, mode="reflect")
+        cuts = [padded[..., t : t + 4, l : l + 6] for t in range(5) for l in range(5)]  # noqa: E741
+        seen |= {n for n, cut in enumerate(cuts) if torch.equal(cut, moved)}
+    assert len(seen) > 8  # the others are flipped
+    moved.sum().backward()
+    assert images.grad.sum() == 24
+
+
+def test_gather_joins_batches_and_cuts_what_is_too_much():
+    batches = [Images(*_batch(0, 1)), Images(*_batch(2, 3))]
+    assert gather(batches).labels.tolist() == [0, 1, 2, 3]
+    images, labels = gather(batches, 3)
+    assert labels.tolist() == [0, 1, 2]
+    assert torch.equal(images[:, 0, 0, 0], labels.float())
+
+
+@pytest.mark.parametrize(("pool", "parts"), [(1, [[0, 1, 2]] * 2), (2, [[0, 1], [2, 0]])])
+def test_given_images_fill_the_pool(pool, parts):
+    schedule = Schedule(batches=2, warmup_batches=1, pool_batches=pool)
+    made = list(given_batches(Images(*_batch(0, 1, 2)), schedule))
+    assert [batch.labels.tolist() for batch in made] == parts
