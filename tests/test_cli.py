@@ -78,7 +78,7 @@ def test_effort_chooses_the_numbers_and_flags_change_them(words):
     assert changed == TinyConfig(steps=3, lr=0.5, widths=(4, 2), explode=True)
 
 
-@pytest.mark.parametrize("method", ["dmkd", "gdfq"])
+@pytest.mark.parametrize("method", ["dmkd", "gdfq", "recipe"])
 def test_every_field_of_a_methods_config_is_a_flag(method, capsys):
     assert main(["quantize", "--method", method, "--help"]) == 0
     text = capsys.readouterr().out
@@ -88,9 +88,9 @@ def test_every_field_of_a_methods_config_is_a_flag(method, capsys):
 
 
 def test_flags_of_nested_configs_carry_their_name():
-    words = [MODEL, *FLAGS, "--generator.batch-size", "7", "--student.lr", "0.25"]
+    words = [MODEL, *FLAGS, "--latents.batch-size", "7", "--student.lr", "0.25"]
     config = flags.parse_quantize(words)[1]
-    assert config.generator.batch_size == 7
+    assert config.latents.batch_size == 7
     assert config.student.lr == 0.25
 
 

@@ -53,7 +53,7 @@ class QuantizeFlags:
     """per-channel standard deviation that they were divided by"""
     bits: Annotated[str, _word("w4a4")] = "w4a4"
     """bits of weights and of activations, 2 to 8 each"""
-    method: Name = "dmkd"
+    method: Name = "recipe"
     """how the student learns"""
     effort: Name = "default"
     """quick, default, full or paper: the method's numbers below"""

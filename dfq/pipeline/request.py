@@ -40,7 +40,7 @@ class Request:
     """
 
     bits: str = "w4a4"
-    method: str = "dmkd"
+    method: str = "recipe"
     config: Any = None
     effort: str = "default"
     protocol: str = "brecq"

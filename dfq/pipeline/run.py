@@ -73,7 +73,7 @@ def quantize(
     model: nn.Module,
     data: DataSpec,
     bits: str = "w4a4",
-    method: str = "dmkd",
+    method: str = "recipe",
     *,
     config: Any = None,
     effort: str = "default",
