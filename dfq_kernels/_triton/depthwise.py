@@ -1,0 +1,129 @@
+"""Depthwise qconv2d in Triton: which kernel, and cut into which blocks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from dfq_kernels._triton import depthwise_kernels as kernels
+from dfq_kernels._triton.launch import launch
+from dfq_kernels._triton.layout import block
+from dfq_kernels.packing import packed_size
+from dfq_kernels.qconv2d import Window
+
+THREADS = 128
+MOST_CHANNELS = 128  # of a tile
+MOST_TAPS = 49  # of a filter that is held in registers
+REGISTERS = 130  # for filters, sums and what is loaded
+ENOUGH_PROGRAMS = 2048  # to keep every GPU busy; only beyond it a program takes several tiles
+MOST_TILES = 8
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    weight_zero: Tensor | None,
+    prepacked: Tensor | None,
+    x_zero: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    multiplier: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    residual_multiplier: float,
+    residual_zero: int,
+    relu: bool,
+    grid: Sequence[int],
+) -> Tensor:
+    """qconv2d with a group for each channel of x; see dfq_kernels.qconv2d."""
+    kernel, steps, pads, gaps = (tuple(p) for p in (kernel_size, stride, padding, dilation))
+    window = Window(steps, pads, gaps, groups)
+    size = window.output_size((x.shape[2], x.shape[3]), kernel)
+    channels, taps = multiplier.shape[0], math.prod(kernel)
+    dtype = torch.int8 if grid else torch.float32
+    shape = (x.shape[0], channels, *size)
+    y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    vector = vector_of(taps)
+    tall, broad = blocks_of(size, kernel, steps, gaps, x.shape[0] * channels)
+    width = min(triton.next_power_of_2(channels), block(channels, MOST_CHANNELS))
+    rows = THREADS * vector // width
+    down, right = triton.cdiv(size[0], tall), triton.cdiv(size[1], broad)
+    positions, across = x.shape[0] * down * right, triton.cdiv(channels, width)
+    tiles = max(1, min(MOST_TILES, triton.cdiv(positions, rows) * across // ENOUGH_PROGRAMS))
+    constants = {
+        "KERNEL": kernel,
+        "STRIDE": steps,
+        "DILATION": gaps,
+        "MULTIPLE": channels // groups,
+        "ROW": packed_size(taps) if weight.dtype == torch.uint8 else taps,
+        "UNIT": math.gcd(16, groups) if channels == groups else 1,
+        "RELU": relu and not grid,
+        "POSITIONS": rows,
+        "CHANNELS": width,
+    }
+    ends = None
+    if grid:  # ReLU: not below zero
+        zero, least, most = grid
+        ends = zero, float((max(least, zero) if relu else least) - zero), float(most - zero)
+    args = (
+        (x, x.shape[2], x.shape[3], x_zero),
+        (y, *size, ends),
+        (weight, weight_zero),
+        (multiplier, bias, residual, residual_multiplier, residual_zero),
+        (channels // constants["UNIT"], down, right, positions, tiles),
+        pads,
+    )
+    if taps > MOST_TAPS:
+        launch(kernels.large, triton.cdiv(positions, rows) * across, x, *args, **constants)
+        return y
+    constants |= {"TALL": tall, "BROAD": broad}
+    launch(kernels.blocks, triton.cdiv(positions, rows * tiles) * across, x, *args, **constants)
+    return y
+
+
+def vector_of(taps: int) -> int:
+    """Channels of a thread, which holds a filter for each."""
+    return next((vector for vector in (4, 2) if vector * taps <= 64), 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def blocks_of(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    others: int,
+) -> tuple[int, int]:
+    """Height and width of the blocks that take least work; ``others``: images times channels."""
+    taps = math.prod(kernel)
+    vector = vector_of(taps)
+
+    def reads(block: tuple[int, int]) -> int:
+        sides = zip(block, kernel, stride, dilation, strict=True)
+        return math.prod((b - 1) * s + (k - 1) * d + 1 for b, k, s, d in sides)
+
+    def work(block: tuple[int, int]) -> float:
+        """In multiply-adds: about three to read a pixel, and eight to write an output."""
+        count = math.prod(triton.cdiv(n, b) for n, b in zip(size, block, strict=True))
+        return count * (math.prod(block) * (taps + 8) + 3 * reads(block))
+
+    def allowed(block: tuple[int, int]) -> bool:
+        sums = math.prod(block)
+        threads = others * math.prod(size) / (sums * vector)
+        enough = threads >= THREADS * ENOUGH_PROGRAMS / 4
+        return sums == 1 or (enough and vector * (taps + sums) + 2 * reads(block) <= REGISTERS)
+
+    if taps > MOST_TAPS:
+        return 1, 1
+    return min(filter(allowed, itertools.product((1, 2, 4, 7), (1, 2, 4))), key=work)

@@ -1,0 +1,142 @@
+"""Depthwise convolutions: every kernel there is for them against the reference, bit for bit."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from integer_cases import X_ZEROS, assert_same, int8
+
+from dfq_kernels.integer import integer_weight
+from dfq_kernels.qconv2d import Window, qconv2d_reference
+
+LAST = torch.channels_last
+PADDED = Window(padding=(1, 1))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution with a group for each channel."""
+
+    shape: tuple[int, int, int, int]  # of x
+    kernel: tuple[int, int] = (3, 3)
+    window: Window = PADDED
+    multiple: int = 1  # outputs of a channel
+
+    def arguments(self, number, *, four_bits=False, grid=(-3, -100, 90)):
+        """Those of qconv2d; what is optional is there or not as the bits of ``number`` say."""
+        zeros, residual, relu, bias = (bool(number >> bit & 1) for bit in range(4))
+        batch, groups, *size = self.shape
+        channels, half = groups * self.multiple, 8 if four_bits else 128
+        values = int8((channels, *self.kernel, 1), None, -half, half - 1)
+        weight = integer_weight(values, None, four_bits=four_bits).values
+        pairs = self.window.stride, self.window.padding, self.window.dilation
+        shape = (batch, channels, *self.window.output_size(tuple(size), self.kernel))
+        added = int8(shape, None).contiguous(memory_format=LAST) if residual else None
+        spread = half * 30 * (self.kernel[0] * self.kernel[1]) ** 0.5
+        return (
+            int8(self.shape, None).contiguous(memory_format=LAST),
+            weight,
+            int8((channels,), None, -half, half - 1) if zeros else None,
+            None,
+            X_ZEROS[number % 4],
+            *map(list, (self.kernel, *pairs)),
+            groups,
+            torch.rand(channels) * 40 / spread,
+            torch.randn(channels) * 20 if bias else None,
+            added,
+            0.37,
+            5,
+            relu,
+            list(grid),
+        )
+
+
+LAYERS = {  # whole and part tiles, blocks and vectors
+    "3x3": Layer((2, 20, 5, 7)),
+    "3x3/2": Layer((1, 16, 8, 7), window=Window((2, 2), (1, 1))),
+    "5x3": Layer((1, 5, 7, 8), (5, 3), Window((1, 2), (2, 0), (1, 2))),
+    "7x7": Layer((1, 3, 4, 5), (7, 7), Window(padding=(3, 3))),
+    "dilated": Layer((2, 4, 9, 6), window=Window(padding=(2, 1), dilation=(2, 1))),
+    "wider than the image": Layer((1, 3, 2, 2), window=Window(padding=(4, 3))),
+    "two outputs a channel": Layer((1, 6, 5, 6), multiple=2),
+    "1x1": Layer((3, 33, 2, 3), (1, 1), Window((2, 1))),
+    "many channels": Layer((1, 130, 2, 3)),
+    "large": Layer((1, 3, 4, 5), (5, 13), Window(padding=(2, 6))),
+}
+
+
+@pytest.fixture(params=["triton"])
+def depthwise(request):
+    pytest.importorskip("triton")
+    from conftest import BACKENDS
+
+    with BACKENDS[request.param]():
+        from dfq_kernels._triton.depthwise import depthwise
+
+        yield depthwise
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_shows():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers(depthwise, layer):
+    """With every option, alone and beside others, and weights of 8 and of 4 bits."""
+    torch.manual_seed(0)
+    number = list(LAYERS).index(layer)
+    for options, four_bits, grid in ((number, False, ()), (15 - number, True, (-3, -100, 90))):
+        args = LAYERS[layer].arguments(options, four_bits=four_bits, grid=grid)
+        assert_same(depthwise(*args), qconv2d_reference(*args))
+
+
+@pytest.mark.parametrize("number", range(16))
+def test_options(depthwise, number):
+    args = Layer((1, 3, 4, 5)).arguments(number, four_bits=number % 3 == 0)
+    assert_same(depthwise(*args), qconv2d_reference(*args))
+
+
+def test_no_images(depthwise):
+    args = Layer((0, 3, 4, 5)).arguments(0)
+    assert_same(depthwise(*args), qconv2d_reference(*args))
+
+
+BLOCKS = [(1, 1), (1, 2), (2, 2), (2, 4), (7, 1)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_block_of_outputs(monkeypatch, block, stride):
+    """Large layers share pixels in blocks, and programs take several tiles of them."""
+    pytest.importorskip("triton")
+    from conftest import BACKENDS
+
+    from dfq_kernels._triton import depthwise as ops
+
+    monkeypatch.setattr(ops, "blocks_of", lambda *_: block)
+    monkeypatch.setattr(ops, "ENOUGH_PROGRAMS", 2)
+    layer = Layer((2, 34, 6, 7), (3, 3), Window((stride, stride), (1, 1)))
+    args = layer.arguments(7)
+    with BACKENDS["triton"]():
+        assert_same(ops.depthwise(*args), qconv2d_reference(*args))
+
+
+def test_blocks_of_networks():
+    """MobileNet's layers, in images of 256 and of 1."""
+    pytest.importorskip("triton")
+    from dfq_kernels._triton.depthwise import blocks_of
+
+    def block(size, channels, kernel=3, stride=1):
+        return [
+            blocks_of((size, size), (kernel, kernel), (stride, stride), (1, 1), batch * channels)
+            for batch in (256, 1)
+        ]
+
+    assert block(112, 32) == [(2, 4), (1, 1)]
+    assert block(56, 64, stride=2) == [(2, 2), (1, 1)]
+    assert block(7, 1024) == [(7, 1), (1, 1)]
+    assert block(28, 96, kernel=5) == [(2, 2), (1, 1)]
+    assert block(14, 384, kernel=9) == [(1, 1), (1, 1)]
