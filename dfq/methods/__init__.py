@@ -4,7 +4,7 @@
 
 A method is ``(teacher, student, data, config, *, rng, report) -> (student, images)``: ``teacher``
 is float, frozen and in eval mode, ``student`` comes from ``dfq.prepare.prepare`` and is trained in
-place, ``rng`` is a CPU generator.
+place, ``rng`` is a CPU generator. With ``given`` images it learns from those and makes none.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,24 +12,38 @@ from typing import Any, NamedTuple
 
 from dfq.methods.ddaq import DDAQ_EFFORTS, DDAQConfig, ddaq
 from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
-from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq
-from dfq.methods.genie import GENIE_EFFORTS, GENIEConfig, genie
+from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq, gdfq_images
+from dfq.methods.genie import GENIE_EFFORTS, GENIEConfig, genie, genie_images
+from dfq.methods.lis import LIS_EFFORTS, LISConfig, lis, lis_images
 from dfq.methods.recipe import RECIPE_EFFORTS, RecipeConfig, recipe
 from dfq.methods.squant import SQUANT_EFFORTS, SQuantConfig, squant
+from dfq.types import Images
 
 
 class Method(NamedTuple):
-    """A method and its configs by effort: quick, default, full, and the paper's own."""
+    """A method and what may be asked of it.
+
+    Attributes:
+        run: the function.
+        efforts: its configs: quick, default, full, and the paper's own.
+        synthesize: makes its images alone, ``(teacher, data, config, *, count, rng, report)``;
+            None where they follow the student.
+        takes_teachers: whether both functions take further ``teachers``, from which the images
+            are made too.
+    """
 
     run: Callable[..., Any]
     efforts: Mapping[str, Any]
+    synthesize: Callable[..., Images] | None = None
+    takes_teachers: bool = False
 
 
 METHODS = {
     "ddaq": Method(ddaq, DDAQ_EFFORTS),
     "dmkd": Method(dmkd, DMKD_EFFORTS),
-    "gdfq": Method(gdfq, GDFQ_EFFORTS),
-    "genie": Method(genie, GENIE_EFFORTS),
+    "gdfq": Method(gdfq, GDFQ_EFFORTS, gdfq_images),
+    "genie": Method(genie, GENIE_EFFORTS, genie_images),
+    "lis": Method(lis, LIS_EFFORTS, lis_images, takes_teachers=True),
     "recipe": Method(recipe, RECIPE_EFFORTS),
     "squant": Method(squant, SQUANT_EFFORTS),
 }
@@ -40,6 +54,7 @@ __all__ = [
     "DMKDConfig",
     "GDFQConfig",
     "GENIEConfig",
+    "LISConfig",
     "Method",
     "RecipeConfig",
     "SQuantConfig",
@@ -47,6 +62,7 @@ __all__ = [
     "dmkd",
     "gdfq",
     "genie",
+    "lis",
     "recipe",
     "squant",
 ]

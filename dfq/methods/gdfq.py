@@ -11,6 +11,7 @@ from the teacher alone (AIT, arXiv:2203.17008: the cross entropy hurts), learned
 min-max scales. It differs from their code in that ranges are taken from the last warm-up batch.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
@@ -22,7 +23,7 @@ from dfq.distill.losses import kd_divergence
 from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
 from dfq.prepare import calibrate, split_parameters
 from dfq.synthesize.generate import GDFQ_GENERATOR, GeneratorConfig, generated_batches
-from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, given_batches, lessons
+from dfq.synthesize.pool import GDFQ_SCHEDULE, Schedule, gather, given_batches, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -94,3 +95,21 @@ def gdfq(
         descend(loss, optimizer)
         report("distill", lesson.step + 1, lesson.steps, kd=kd.detach())
     return student, lesson.pool
+
+
+def gdfq_images(
+    teacher: nn.Module,
+    data: DataSpec,
+    config: GDFQConfig,
+    *,
+    count: int | None = None,
+    rng: torch.Generator,
+    report: Report = silent,
+) -> Images:
+    """Train the generator on ``teacher`` and keep its last ``count`` images, or a pool of them."""
+    schedule, kept = config.schedule, config.schedule.pool_batches
+    if count:
+        kept = -(-count // config.generator.batch_size)
+    total = max(schedule.batches, kept)
+    made = generated_batches(teacher, data, config.generator, total, rng=rng, report=report)
+    return gather(deque(made, maxlen=kept), count)

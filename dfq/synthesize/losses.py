@@ -37,3 +37,9 @@ def image_mismatch(images: Tensor, mean: float, std: float) -> Tensor:
     gap = (means - mean) / std
     spread = (var + _EPS).sqrt() / std - 1
     return (gap.square() + spread.square()).mean(1)
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighboring pixels, down and across; [B, C, H, W] -> [B]."""
+    down, across = images.diff(dim=2).abs(), images.diff(dim=3).abs()
+    return down.mean((1, 2, 3)) + across.mean((1, 2, 3))
