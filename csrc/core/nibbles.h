@@ -30,6 +30,10 @@ DFQ_HOST_DEVICE int8_t upper_nibble_times_16(uint8_t byte) {
   return static_cast<int8_t>(byte & 0xf0);
 }
 
+// The same of the four bytes of a word.
+DFQ_HOST_DEVICE uint32_t lower_nibbles_times_16(uint32_t bytes) { return bytes << 4 & 0xf0f0f0f0u; }
+DFQ_HOST_DEVICE uint32_t upper_nibbles_times_16(uint32_t bytes) { return bytes & 0xf0f0f0f0u; }
+
 DFQ_HOST_DEVICE int8_t unpack_nibble(uint8_t byte, bool upper) {
   const int8_t times_16 = upper ? upper_nibble_times_16(byte) : lower_nibble_times_16(byte);
   return static_cast<int8_t>(times_16 / 16);

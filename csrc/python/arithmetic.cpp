@@ -6,6 +6,7 @@
 
 #include "core/nibbles.h"
 #include "core/requantize.h"
+#include "maps.h"
 
 namespace py = pybind11;
 
@@ -69,4 +70,5 @@ PYBIND11_MODULE(_arithmetic, m) {
         py::arg("residual"), py::arg("multiplier"));
   m.def("requantize", py::vectorize(&dfq::requantize), py::arg("value"), py::arg("zero"),
         py::arg("low"), py::arg("high"));
+  dfq::define_maps(m);
 }

@@ -20,6 +20,14 @@ def int8(shape, rng, low=-128, high=127):
     return torch.randint(low, high + 1, shape, dtype=torch.int8, generator=rng)
 
 
+def need_backend(op):
+    """Skips the test if the backend in force, of the fixture ``backend``, lacks ``op``."""
+    try:
+        _backend.implementation(op, "cpu")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
 def need_compiled(op):
     if _backend.variant(op, "compiled", "cpu") is None:
         pytest.skip("the compiled kernels are not in this install")

@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from integer_cases import assert_same, int8, need_compiled, output_of, weights
+from integer_cases import assert_same, int8, need_backend, need_compiled, output_of, weights
 
 from dfq_kernels import _backend
 from dfq_kernels.integer import Epilogue, Int8Grid, Residual, integer_weight, prepack
@@ -16,7 +16,7 @@ from dfq_kernels.qconv2d import Window, qconv2d
 from dfq_kernels.qlinear import qlinear
 from dfq_kernels.requantize import requantize
 
-PACKING = ["compiled"]  # those of the fixture `backend` that take packed activations
+PACKING = {"compiled": 60, "cuda": 15}  # those of the fixture `backend` that can, and examples
 LAST = torch.channels_last
 
 
@@ -49,7 +49,8 @@ def agrees(op, x, weight, epilogue, axis, dilation=1, **options):
         with _backend.use("reference"):
             assert_same(op(each, weight, epilogue, **options), expected)
         assert_same(op(each, weight, epilogue, **options), expected)
-        assert_same(op(each, ready, epilogue, **options), expected)
+        if ready.prepacked is not None:
+            assert_same(op(each, ready, epilogue, **options), expected)
 
 
 @st.composite
@@ -69,34 +70,37 @@ def packed_epilogues(draw, rng, weight, shape, axis):
 
 
 @pytest.mark.parametrize("backend", PACKING, indirect=True)
-@hypothesis.given(data=st.data())
-@hypothesis.settings(
-    deadline=None,
-    max_examples=60,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
-def test_convolutions(backend, data):
-    draw = data.draw
-    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    inputs, outputs = draw(st.sampled_from([(64, 64), (128, 17), (64, 128), (19, 64), (192, 64)]))
-    kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    window = Window(*(draw(st.tuples(st.integers(a, 2), st.integers(a, 2))) for a in (1, 0, 1)))
-    size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
-    output_size = window.output_size(size, kernel)
-    hypothesis.assume(min(output_size) > 0)
-    batch = draw(st.sampled_from([0, 1, 3]))
-    weight = draw(weights(rng, (outputs, *kernel, inputs)))
-    epilogue = draw(packed_epilogues(rng, weight, (batch, outputs, *output_size), 1))
-    x = codes((batch, inputs, *size), rng)
-    rest = {"window": window, "x_zero": draw(st.sampled_from([-8, 0, 7]))}
-    agrees(qconv2d, x, weight, epilogue, 1, window.dilation[1], **rest)
+def test_convolutions(backend):
+    need_backend("qconv2d")
+
+    @hypothesis.given(data=st.data())
+    @hypothesis.settings(deadline=None, max_examples=PACKING[backend], derandomize=True)
+    def check(data):
+        draw = data.draw
+        rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        shapes = [(64, 64), (128, 17), (64, 128), (19, 64), (192, 64)]
+        inputs, outputs = draw(st.sampled_from(shapes))
+        kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+        pairs = [st.tuples(st.integers(a, 2), st.integers(a, 2)) for a in (1, 0, 1)]
+        window = Window(*map(draw, pairs))
+        size = draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+        output_size = window.output_size(size, kernel)
+        hypothesis.assume(min(output_size) > 0)
+        batch = draw(st.sampled_from([0, 1, 3]))
+        weight = draw(weights(rng, (outputs, *kernel, inputs)))
+        epilogue = draw(packed_epilogues(rng, weight, (batch, outputs, *output_size), 1))
+        x = codes((batch, inputs, *size), rng)
+        rest = {"window": window, "x_zero": draw(st.sampled_from([-8, 0, 7]))}
+        agrees(qconv2d, x, weight, epilogue, 1, window.dilation[1], **rest)
+
+    check()
 
 
 @pytest.mark.parametrize("backend", PACKING, indirect=True)
 @pytest.mark.parametrize("lead", [(0,), (1,), (5,), (2, 3), (2, 3, 2)], ids=str)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (128, 10), (64, 192), (70, 64)])
 def test_linear_layers(backend, lead, inputs, outputs):
+    need_backend("qlinear")
     rng = torch.Generator().manual_seed(inputs + outputs + len(lead))
     weight = integer_weight(int8((outputs, inputs), rng, -8, 7), four_bits=True)
     multiplier, can = torch.rand(outputs, generator=rng) / 60, outputs % 64 == 0

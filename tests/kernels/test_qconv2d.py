@@ -1,4 +1,4 @@
-"""qconv2d: the compiled op against the reference, and the reference against plain integers."""
+"""qconv2d: every backend against the reference, and the reference against plain integers."""
 
 import os
 
@@ -6,12 +6,14 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BACKENDS
 from hypothesis import strategies as st
 from integer_cases import (
     X_ZEROS,
     assert_same,
     epilogues,
     int8,
+    need_backend,
     need_compiled,
     output_of,
     weights,
@@ -21,17 +23,20 @@ from dfq_kernels import _backend
 from dfq_kernels.integer import Epilogue, Int8Grid, Residual, integer_weight, prepack
 from dfq_kernels.qconv2d import Window, qconv2d
 
+EXAMPLES = {"compiled": 120, "triton": 8, "cuda": 25}
+
 
 def images(shape, rng=None, low=-128, high=127):
     return int8(shape, rng, low, high).contiguous(memory_format=torch.channels_last)
 
 
 def _both(x, weight, epilogue, window, x_zero):
+    """The backend in force and the reference."""
     with _backend.use("reference"):
         expected = qconv2d(x, weight, epilogue, window, x_zero=x_zero)
-    with _backend.use("compiled"):
-        assert_same(qconv2d(x, weight, epilogue, window, x_zero=x_zero), expected)
-        ready = prepack(weight, groups=window.groups, dilation=window.dilation[1])
+    assert_same(qconv2d(x, weight, epilogue, window, x_zero=x_zero), expected)
+    ready = prepack(weight, groups=window.groups, dilation=window.dilation[1])
+    if ready.prepacked is not None:
         assert_same(qconv2d(x, ready, epilogue, window, x_zero=x_zero), expected)
 
 
@@ -49,26 +54,30 @@ def channels(draw, kind):
 
 
 @pytest.mark.parametrize("kind", ["dense", "grouped", "depthwise"])
-@hypothesis.given(data=st.data())
-@hypothesis.settings(deadline=None, max_examples=120, derandomize=True)
-def test_compiled_equals_reference(kind, data):
-    need_compiled("qconv2d")
-    draw = data.draw
-    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    groups, inputs, outputs = draw(channels(kind))
-    pairs = [
-        st.tuples(st.integers(low, high), st.integers(low, high))
-        for low, high in ((1, 5), (1, 3), (0, 4), (1, 3), (1, 20))
-    ]
-    kernel, stride, padding, dilation, size = (draw(pair) for pair in pairs)
-    window = Window(stride, padding, dilation, groups)
-    output_size = window.output_size(size, kernel)
-    hypothesis.assume(min(output_size) > 0)
-    batch = draw(st.sampled_from([0, 1, 1, 2, 5]))
-    weight = draw(weights(rng, (groups * outputs, *kernel, inputs)))
-    epilogue = draw(epilogues(rng, weight, (batch, groups * outputs, *output_size)))
-    x = images((batch, groups * inputs, *size), rng)
-    _both(x, weight, epilogue, window, draw(st.sampled_from(X_ZEROS)))
+def test_equals_reference(kind, backend):
+    need_backend("qconv2d")
+
+    @hypothesis.given(data=st.data())
+    @hypothesis.settings(deadline=None, max_examples=EXAMPLES[backend], derandomize=True)
+    def check(data):
+        draw = data.draw
+        rng = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        groups, inputs, outputs = draw(channels(kind))
+        pairs = [
+            st.tuples(st.integers(low, high), st.integers(low, high))
+            for low, high in ((1, 5), (1, 3), (0, 4), (1, 3), (1, 20))
+        ]
+        kernel, stride, padding, dilation, size = (draw(pair) for pair in pairs)
+        window = Window(stride, padding, dilation, groups)
+        output_size = window.output_size(size, kernel)
+        hypothesis.assume(min(output_size) > 0)
+        batch = draw(st.sampled_from([0, 1, 1, 2, 5]))
+        weight = draw(weights(rng, (groups * outputs, *kernel, inputs)))
+        epilogue = draw(epilogues(rng, weight, (batch, groups * outputs, *output_size)))
+        x = images((batch, groups * inputs, *size), rng)
+        _both(x, weight, epilogue, window, draw(st.sampled_from(X_ZEROS)))
+
+    check()
 
 
 LAYERS = {  # x, weights, window: whole and part units, tiles, panels and blocks
@@ -89,11 +98,26 @@ LAYERS = {  # x, weights, window: whole and part units, tiles, panels and blocks
 }
 
 
-@pytest.mark.parametrize("zeros", [False, True], ids=["", "zeros"])
-@pytest.mark.parametrize("four_bits", [False, True], ids=["w8", "w4"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layers_of_networks(layer, four_bits, zeros):
-    need_compiled("qconv2d")
+WEIGHTS = {
+    "w8": (False, False),
+    "w4": (True, False),
+    "w8 zeros": (False, True),
+    "w4 zeros": (True, True),
+}
+LAYERS_ON_BACKENDS = [
+    (backend, layer, kind)
+    for backend in BACKENDS
+    for i, layer in enumerate(LAYERS)
+    for kind in (WEIGHTS if backend == "compiled" else list(WEIGHTS)[i % 4 : i % 4 + 1])
+]
+
+
+@pytest.mark.parametrize(
+    ("backend", "layer", "kind"), LAYERS_ON_BACKENDS, indirect=["backend"], ids=str
+)
+def test_layers_of_networks(layer, kind, backend):
+    need_backend("qconv2d")
+    four_bits, zeros = WEIGHTS[kind]
     x_shape, weight_shape, window = LAYERS[layer]
     half = 8 if four_bits else 128
     zero = int8(weight_shape[:1], None, -half, half - 1) if zeros else None
@@ -114,7 +138,8 @@ def test_threads_do_not_change_a_bit(layer, threads):
     epilogue = Epilogue(torch.rand(weight_shape[0]))
     try:
         torch.set_num_threads(threads)
-        _both(images(x_shape), weight, epilogue, window, 0)
+        with _backend.use("compiled"):
+            _both(images(x_shape), weight, epilogue, window, 0)
     finally:
         torch.set_num_threads(1)
 

@@ -68,6 +68,16 @@ def backwards() -> Iterator[None]:
         load().dfq_emulate_backwards(0)
 
 
+@contextmanager
+def architecture(value: int) -> Iterator[None]:
+    """Within the block kernels do as on a GPU of that compute capability times ten: 75 or 90."""
+    load().dfq_emulate_architecture(value)
+    try:
+        yield
+    finally:
+        load().dfq_emulate_architecture(80)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """The compiled emulation, with its ops registered."""

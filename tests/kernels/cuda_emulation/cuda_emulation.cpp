@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <csetjmp>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <set>
@@ -20,8 +21,14 @@ constexpr int kWarp = 32, kMostThreads = 1024;
 constexpr size_t kStack = 256 * 1024, kMostShared = 48 * 1024;
 
 bool backwards = false;
+int gpu = 80;
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State { kReady, kAtBarrier, kAtExchange, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+};
 
 struct Fiber {
   ucontext_t context;
@@ -32,9 +39,10 @@ struct Fiber {
   State state = State::kDone;
   const char* file = nullptr;  // where it waits
   int line = 0;
-  unsigned mask = 0;
-  int lanes = 0;
-  uint64_t bits = 0;  // given to the warp, then taken from it
+  const void* given = nullptr;  // to its warp
+  size_t size = 0;
+
+  std::deque<std::vector<Copy>> copies{1};  // by group, the last is open
 };
 
 class Scheduler {
@@ -50,6 +58,7 @@ class Scheduler {
     }
     for (int i = 0; i < threads; ++i) {
       fibers_[i]->state = State::kReady;
+      fibers_[i]->copies.assign(1, {});
     }
     while (step()) {
     }
@@ -63,14 +72,14 @@ class Scheduler {
     fiber.line = line;
     leave(fiber);
   }
-  uint64_t shuffle(unsigned mask, uint64_t bits, int lanes, const char* file, int line) {
+  const char* exchange(const void* given, size_t size, const char* file, int line) {
     Fiber& fiber = *fibers_[current_];
-    fiber.mask = mask;
-    fiber.bits = bits;
-    fiber.lanes = lanes;
-    wait(State::kAtShuffle, file, line);
-    return fiber.bits;
+    fiber.given = given;
+    fiber.size = size;
+    wait(State::kAtExchange, file, line);
+    return exchanged_[current_ / kWarp].data();
   }
+  std::deque<std::vector<Copy>>& copies() { return fibers_[current_]->copies; }
   void* shared(void* memory, size_t size) {
     if (fresh_.insert(memory).second) {
       std::memset(memory, 0xff, size);
@@ -100,7 +109,7 @@ class Scheduler {
       return stuck();
     }
     for (int first = 0; first < threads_; first += kWarp) {
-      finish_shuffle(first);
+      finish_exchange(first);
     }
     finish_barrier();
     return true;
@@ -134,21 +143,18 @@ class Scheduler {
     }
   }
 
-  void finish_shuffle(int first) {
-    if (!all_wait(first, kWarp, State::kAtShuffle)) {
+  void finish_exchange(int first) {
+    if (!all_wait(first, kWarp, State::kAtExchange)) {
       return;
     }
-    uint64_t given[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const Fiber& fiber = *fibers_[first + lane];
-      given[lane] = fiber.bits;
-      if (fiber.mask != ~0u || fiber.lanes != fibers_[first]->lanes) {
-        fail("the lanes of a warp disagree about a shuffle at " + site(fiber));
-      }
-    }
+    const size_t size = fibers_[first]->size;
+    std::vector<char>& all = exchanged_[first / kWarp];
+    all.resize(kWarp * size);
     for (int lane = 0; lane < kWarp; ++lane) {
       Fiber& fiber = *fibers_[first + lane];
-      fiber.bits = given[(lane ^ fiber.lanes) % kWarp];
+      if (size) {
+        std::memcpy(&all[lane * size], fiber.given, size);
+      }
       fiber.state = State::kReady;
     }
   }
@@ -198,6 +204,7 @@ class Scheduler {
   std::string error_;
   std::set<void*> fresh_;
   size_t shared_ = 0;
+  std::vector<char> exchanged_[kMostThreads / kWarp];  // by warp, until its next exchange
 };
 
 Scheduler scheduler;
@@ -239,9 +246,40 @@ const char* run(int64_t blocks, int threads, const std::function<void()>& body) 
 
 void barrier(const char* file, int line) { scheduler.wait(State::kAtBarrier, file, line); }
 
-uint64_t shuffle_xor_bits(unsigned mask, uint64_t bits, int lanes, const char* file, int line) {
-  return scheduler.shuffle(mask, bits, lanes, file, line);
+const void* exchange(const void* given, size_t size, const char* file, int line) {
+  return scheduler.exchange(given, size, file, line);
 }
+
+uint64_t shuffle_xor_bits(unsigned mask, uint64_t bits, int lanes, const char* file, int line) {
+  const struct Given {
+    uint64_t bits;
+    unsigned mask;
+    int lanes;
+  } given = {bits, mask, lanes};
+  const auto* all = static_cast<const Given*>(exchange(&given, sizeof(given), file, line));
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (all[lane].mask != ~0u || all[lane].lanes != lanes) {
+      throw std::runtime_error(std::string("the lanes of a warp disagree about a shuffle at ") +
+                               file + ":" + std::to_string(line));
+    }
+  }
+  return all[(threadIdx.x ^ static_cast<unsigned>(lanes)) % kWarp].bits;
+}
+
+void copy_asynchronously(void* to, const void* from) {
+  scheduler.copies().back().push_back({to, from});
+}
+void close_group() { scheduler.copies().emplace_back(); }
+void wait_for_groups(size_t most) {
+  auto& groups = scheduler.copies();
+  for (; groups.size() > most + 1; groups.pop_front()) {
+    for (const Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, 16);
+    }
+  }
+}
+
+int architecture() { return gpu; }
 
 void* shared(void* memory, size_t size) { return scheduler.shared(memory, size); }
 
@@ -256,4 +294,8 @@ void assert_aligned(const void* pointer) {
 // Whether blocks and threads run from the last to the first: what depends on it is a race.
 extern "C" __attribute__((visibility("default"))) void dfq_emulate_backwards(int value) {
   emulated::backwards = value != 0;
+}
+// 75, 80 or 90: what kernels take this for.
+extern "C" __attribute__((visibility("default"))) void dfq_emulate_architecture(int value) {
+  emulated::gpu = value;
 }

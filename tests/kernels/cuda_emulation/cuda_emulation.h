@@ -14,6 +14,7 @@
 #define __launch_bounds__(...)
 
 #define __syncthreads() emulated::barrier(__FILE__, __LINE__)
+#define __syncwarp() emulated::exchange(nullptr, 0, __FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) \
   emulated::shuffle_xor(mask, value, lanes, __FILE__, __LINE__)
 
@@ -43,9 +44,20 @@ void assert_aligned(const void* pointer);
 // A block's shared memory: filled with NaN before its first thread comes by.
 void* shared(void* memory, size_t size);
 
-// Gives this thread's value to its warp and returns that of the lane whose number differs in
-// `lanes`.
+// Gives `size` bytes of this thread to its warp, and returns those of all lanes, one after another;
+// valid until the thread's next exchange.
+const void* exchange(const void* given, size_t size, const char* file, int line);
+
+// This thread's value, and that of the lane whose number differs in `lanes`.
 uint64_t shuffle_xor_bits(unsigned mask, uint64_t bits, int lanes, const char* file, int line);
+
+// What is copied comes when the thread waits for it, and not before.
+void copy_asynchronously(void* to, const void* from);  // 16 bytes
+void close_group();
+void wait_for_groups(size_t most);  // for all but so many of the newest
+
+// The GPU that kernels should take this for: the compute capability times ten.
+int architecture();
 
 template <class T>
 T shuffle_xor(unsigned mask, T value, int lanes, const char* file, int line) {
