@@ -34,6 +34,11 @@ def check(path: str | Path, data: DataSpec) -> int:
         InputError: the file is missing or corrupt, or its shape, dtype or labels are wrong.
     """
     path = Path(path)
+    if not data.classes:
+        raise InputError(
+            "images with labels measure top-1, and a model without classes has none; leave out "
+            "--eval and measure the student and its packed form with what decodes the maps."
+        )
     if path.is_dir():
         return sum(len(files) for files in _folders(path, data))
     if not path.is_file():

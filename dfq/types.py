@@ -19,13 +19,13 @@ class DataSpec:
 
     Attributes:
         shape: (channels, height, width) of one image.
-        classes: number of classes.
+        classes: number of classes; 0 of a model that gives maps, see :mod:`dfq.outputs`.
         mean: per-channel mean that was subtracted from images in 0..1; () means zeros.
         std: per-channel standard deviation that they were divided by; () means ones.
     """
 
     shape: tuple[int, int, int]
-    classes: int
+    classes: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -34,8 +34,10 @@ class DataSpec:
             raise InputError(
                 f"shape must be channels,height,width, got {self.shape}; write e.g. 3,32,32."
             )
-        if self.classes < 2:
-            raise InputError(f"classes must be at least 2, got {self.classes}.")
+        if self.classes < 2 and self.classes != 0:
+            raise InputError(
+                f"classes must be at least 2, or 0 if the model gives maps, got {self.classes}."
+            )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values and len(values) != self.shape[0]:
                 raise InputError(
@@ -98,7 +100,7 @@ class Images(NamedTuple):
 
     Attributes:
         images: [N, C, H, W], float32, normalized as the model expects.
-        labels: [N], int64.
+        labels: [N], int64; zeros if the model knows no classes.
     """
 
     images: Tensor

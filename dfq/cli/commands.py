@@ -13,7 +13,7 @@ from dfq.evaluate import check as check_evaluation
 from dfq.evaluate import evaluate
 from dfq.models import load
 from dfq.pipeline import Request, Source, execute, load_student, resolve, resolve_device
-from dfq.report.display import accuracy_table, progress
+from dfq.report.display import accuracy_table, map_table, progress
 from dfq.types import InputError
 
 
@@ -44,6 +44,8 @@ def quantize_command(argv: Sequence[str]) -> int:
         run = execute(teacher, data, request, report)
     if flags.eval:
         out.print(accuracy_table(run.results))
+    elif not data.classes:
+        out.print(map_table(run.results))
     out.print(_farewell(flags, run.results["seconds"]), highlight=False, soft_wrap=True)
     return 0
 
@@ -77,6 +79,7 @@ def _farewell(flags: QuantizeFlags, seconds: dict[str, float]) -> str:
     minutes, rest = divmod(round(seconds["total"]), 60)
     sentences = [f"{flags.bits} by {flags.method} in {minutes} min {rest} s."]
     if not flags.eval:
-        sentences.append("No accuracy was measured: add --eval FILE.")
+        remedy = "add --eval FILE" if flags.classes else "without classes there is no top-1"
+        sentences.append(f"No accuracy was measured: {remedy}.")
     sentences.append(f"Wrote {flags.out}." if flags.out else "Nothing was written: add --out DIR.")
     return " ".join(sentences)

@@ -43,7 +43,7 @@ class QuantizeFlags:
     """cifar:resnet20, torchvision:NAME, timm:NAME, package.module:function or file.py:function"""
     shape: Shape
     """channels, height and width of the images it takes"""
-    classes: int
+    classes: Annotated[int, _word("N", "the model gives maps, not logits")] = 0
     """number of classes"""
     weights: Annotated[Path | None, _word("FILE", "those of the MODEL")] = None
     """.safetensors, .pt, .pth, .th or .tar; nothing in it is executed"""
@@ -111,7 +111,9 @@ def parse_quantize(argv: Sequence[str]) -> tuple[QuantizeFlags, Any]:
     """
     method = _value(argv, "--method") or QuantizeFlags.method
     effort = _value(argv, "--effort") or QuantizeFlags.effort
-    config = suggest_config(method, effort)
+    asks = {"-h", "--help"} & set(argv)
+    maps = _value(argv, "--classes") in (None, "0") and not asks
+    config = suggest_config(method, effort, maps=maps)
     mirror = _mirror(config)
     both = dataclasses.make_dataclass(
         "Flags",

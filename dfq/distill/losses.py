@@ -1,8 +1,12 @@
 """Distillation losses. Each returns one value a sample, [B]; the method weighs and reduces."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dfq.outputs import are_logits, map_distance
 
 
 def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -14,6 +18,13 @@ def kd_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     log_p = F.log_softmax(student_logits / temperature, dim=1)  # [B, classes]
     log_q = F.log_softmax(teacher_logits / temperature, dim=1)  # [B, classes]
     return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(1) * temperature**2
+
+
+def output_divergence(output: Any, wanted: Any, temperature: float) -> Tensor:
+    """``kd_divergence`` of logits, ``map_distance`` of maps; [B]."""
+    if are_logits(output):
+        return kd_divergence(output, wanted, temperature)
+    return map_distance(output, wanted)
 
 
 def multi_teacher_divergence(

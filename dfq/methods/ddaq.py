@@ -8,18 +8,23 @@ student then learns from the float model on these images.
 The paper is known by its abstract alone: the above is its. What the discriminators compute (as in
 DFAD and ZAQ they are criteria, not networks), the importance of a layer, the schedule and every
 weight are our reconstruction.
+
+A model of maps, such as a detector, learns without labels: the generator has none, matches the
+statistics of all BatchNorm layers and follows the discrepancy of features and maps (the abstract
+says only that the framework served object detection too).
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dfq.descent import anneal, descend, held_still
 from dfq.distill.features import capture_features, feature_distance, relative_distance
-from dfq.distill.losses import kd_divergence
+from dfq.distill.losses import output_divergence
 from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
+from dfq.outputs import are_logits, map_distance
 from dfq.prepare import calibrate, split_parameters
 from dfq.prepare.layers import QConv2d
 from dfq.prepare.sensitivity import Importance, layer_importance, norm_importance
@@ -70,6 +75,23 @@ _PAPER = DDAQConfig(generator=GDFQ_GENERATOR, student=GDFQ_STUDENT, schedule=GDF
 DDAQ_EFFORTS = {"quick": _QUICK, "default": DDAQConfig(), "full": _FULL, "paper": _PAPER}
 
 
+def _for_maps(batches: int, steps_per_batch: int) -> DDAQConfig:
+    """Large images are few in a batch; a detector's activations may be of any scale."""
+    return DDAQConfig(
+        generator=GeneratorConfig(batch_size=16, first_steps=40, bn_moment="relative"),
+        schedule=Schedule(
+            batches=batches,
+            warmup_batches=batches // 2,
+            pool_batches=batches,
+            steps_per_batch=steps_per_batch,
+            batch_size=8,
+        ),
+    )
+
+
+DDAQ_MAPS = {"quick": _for_maps(2, 60), "default": _for_maps(4, 200), "full": _for_maps(16, 400)}
+
+
 def ddaq(
     teacher: nn.Module,
     student: nn.Module,
@@ -86,12 +108,12 @@ def ddaq(
     prior: _Prior | None = None
     with capture_features(teacher, layers) as wanted, capture_features(student, layers) as shown:
 
-        def discriminate(images: Images, logits: Tensor, mismatch: Tensor) -> Tensor:
+        def discriminate(images: Images, output: Any, mismatch: Tensor) -> Tensor:
             if prior is None:  # the student knows nothing yet that could be held against it
-                return gdfq_criterion(config.generator, images, logits, mismatch)
-            first = gdfq_criterion(config.generator, images, logits, prior.of_norms * mismatch)
+                return gdfq_criterion(config.generator, images, output, mismatch)
+            first = gdfq_criterion(config.generator, images, output, prior.of_norms * mismatch)
             with held_still(student):
-                discrepancy = relative_distance(student(images.images), logits)
+                discrepancy = _discrepancy(student(images.images), output)
             features = (prior.of_layers * feature_distance(shown, wanted, layers)).mean()
             return first - config.discrepancy_weight * (discrepancy + features)
 
@@ -113,14 +135,21 @@ def ddaq(
                 prior = _prior(teacher, student, lesson.images, config.importance, rng)
             anneal(optimizer, lesson.step / lesson.steps, config.student.milestones)
             with torch.no_grad():
-                teacher_logits = teacher(lesson.images)
-            student_logits = student(lesson.images)
-            kd = kd_divergence(student_logits, teacher_logits, config.student.temperature).mean()
+                wanted_output = teacher(lesson.images)
+            output = student(lesson.images)
+            kd = output_divergence(output, wanted_output, config.student.temperature).mean()
             features = (prior.of_layers * feature_distance(shown, wanted, layers)).mean()
             descend(kd + config.feature_weight * features, optimizer)
             values = {"kd": kd.detach(), "features": features.detach()}
             report("distill", lesson.step + 1, lesson.steps, **values)
     return student, lesson.pool
+
+
+def _discrepancy(output: Any, wanted: Any) -> Tensor:
+    """L1, which neither saturates nor explodes when it is climbed (DFAD, ZAQ); []."""
+    if are_logits(output):
+        return relative_distance(output, wanted)
+    return map_distance(output, wanted).mean()
 
 
 class _Prior(NamedTuple):

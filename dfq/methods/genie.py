@@ -20,7 +20,7 @@ from torch import nn
 
 from dfq.distill.reconstruct import GENIE_RECONSTRUCTION, ReconstructionConfig
 from dfq.methods.blockwise import check_learned, reconstruct_blocks
-from dfq.synthesize.latents import GENIE_LATENTS, LatentConfig, distilled_batches
+from dfq.synthesize.latents import GENIE_LATENTS, MAPS_LATENTS, LatentConfig, distilled_batches
 from dfq.synthesize.pool import gather
 from dfq.types import DataSpec, Images, Report, silent
 
@@ -42,6 +42,18 @@ _QUICK = GENIEConfig(LatentConfig(batches=4), ReconstructionConfig(steps=800))
 _FULL = GENIEConfig(LatentConfig(batches=16, steps=200), ReconstructionConfig(steps=8000))
 _PAPER = GENIEConfig(GENIE_LATENTS, GENIE_RECONSTRUCTION)
 GENIE_EFFORTS = {"quick": _QUICK, "default": GENIEConfig(), "full": _FULL, "paper": _PAPER}
+
+
+def _for_maps(batches: int, steps: int) -> GENIEConfig:
+    latents = replace(MAPS_LATENTS, batches=batches)
+    return GENIEConfig(latents, ReconstructionConfig(steps=steps, batch_size=8))
+
+
+GENIE_MAPS = {
+    "quick": _for_maps(2, 200),
+    "default": _for_maps(4, 500),
+    "full": _for_maps(8, 2000),
+}
 
 
 def genie(

@@ -3,23 +3,23 @@
 Ours, out of published parts. Images as GENIE-D distills them (arXiv:2212.04780), with a generator
 that is kept. With many bits the weights are only rounded so that their errors cancel (SQuant,
 arXiv:2202.07471), which takes a second; with fewer each block learns its rounding and its scales
-(GENIE-M); with very few the whole student then goes on from there, distilling the teacher's logits
+(GENIE-M); with very few the whole student then goes on from there, distilling the teacher's outputs
 end to end (PTQ as a warm start for QAT, as in GenQ, arXiv:2312.05272).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from dfq.descent import anneal, descend
-from dfq.distill.losses import kd_divergence
+from dfq.distill.losses import output_divergence
 from dfq.distill.reconstruct import ReconstructionConfig
 from dfq.distill.student import StudentConfig, student_optimizer
 from dfq.methods.blockwise import check_learned, reconstruct_blocks
 from dfq.prepare import Quantizer, calibrate, split_parameters
 from dfq.prepare.squant import balance_rounding
-from dfq.synthesize.latents import LatentConfig, distilled_batches
+from dfq.synthesize.latents import MAPS_LATENTS, LatentConfig, distilled_batches
 from dfq.synthesize.pool import Schedule, gather, lessons
 from dfq.types import DataSpec, Images, Report, silent
 
@@ -56,6 +56,19 @@ _FULL = RecipeConfig(
 )
 # there is no paper of it
 RECIPE_EFFORTS = {"quick": _QUICK, "default": RecipeConfig(), "full": _FULL}
+
+
+def _for_maps(batches: int, steps: int, distill_steps: int) -> RecipeConfig:
+    latents = replace(MAPS_LATENTS, batches=batches)
+    reconstruction = ReconstructionConfig(steps=steps, batch_size=8)
+    return RecipeConfig(latents, reconstruction, distill_steps=distill_steps, distill_batch=8)
+
+
+RECIPE_MAPS = {
+    "quick": _for_maps(2, 200, 50),
+    "default": _for_maps(4, 500, 200),
+    "full": _for_maps(8, 2000, 1000),
+}
 
 
 def recipe(
@@ -103,7 +116,7 @@ def _distill(
         anneal(optimizer, lesson.step / lesson.steps, config.student.milestones)
         with torch.no_grad():
             wanted = teacher(lesson.images)
-        divergence = kd_divergence(student(lesson.images), wanted, config.student.temperature)
-        loss = divergence.mean()
+        output = student(lesson.images)
+        loss = output_divergence(output, wanted, config.student.temperature).mean()
         descend(loss, optimizer)
         report("distill", lesson.step + 1, lesson.steps, kd=loss.detach())

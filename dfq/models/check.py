@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfq.outputs import tensors
 from dfq.types import DataSpec, InputError
 
 
@@ -14,7 +15,8 @@ def check(model: nn.Module, data: DataSpec) -> None:
 
     Raises:
         InputError: a NaN or infinite weight, no BatchNorm with running statistics, a shape
-            that the model does not take, or an output that is not [B, classes].
+            that the model does not take, or an output that is not [B, classes], or without classes
+            not of maps.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -27,7 +29,11 @@ def check(model: nn.Module, data: DataSpec) -> None:
             f"{_norms(model)}), and without data there is nothing else to learn its inputs "
             "from; use a model trained with BatchNorm."
         )
-    _check_output(_trial(model, data), data)
+    output = _trial(model, data)
+    if data.classes:
+        _check_logits(output, data)
+    else:
+        _check_maps(output)
 
 
 def _trial(model: nn.Module, data: DataSpec) -> object:
@@ -42,7 +48,7 @@ def _trial(model: nn.Module, data: DataSpec) -> object:
         ) from error
 
 
-def _check_output(output: object, data: DataSpec) -> None:
+def _check_logits(output: object, data: DataSpec) -> None:
     if not isinstance(output, Tensor):
         raise InputError(
             f"the model returns {type(output).__name__} and must return one tensor of logits "
@@ -59,6 +65,28 @@ def _check_output(output: object, data: DataSpec) -> None:
         f"the model returns {list(output.shape)} for 2 images and must return logits "
         f"[2, {data.classes}]; wrap it in a module that does."
     )
+
+
+def _check_maps(output: object) -> None:
+    if isinstance(output, Tensor) and output.dim() == 2:
+        raise InputError(
+            f"the model returns {list(output.shape)} for 2 images, the logits of "
+            f"{output.shape[1]} classes; give --classes {output.shape[1]}."
+        )
+    try:
+        maps = tensors(output)
+    except TypeError as error:
+        raise InputError(
+            f"the model returns {error} and, without classes, must return tensors [B, C, ...], one "
+            "or several in tuples, lists or dicts; wrap it in a module that does."
+        ) from None
+    for found in maps:
+        if found.dim() < 3 or len(found) != 2 or not found.is_floating_point():
+            raise InputError(
+                f"the model returns {found.dtype} {list(found.shape)} for 2 images and, without "
+                "classes, must return float maps [2, C, ...], as they are before decoding; wrap it "
+                "in a module that does."
+            )
 
 
 def _norms(model: nn.Module) -> str:

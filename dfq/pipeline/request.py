@@ -62,7 +62,7 @@ def resolve(request: Request, data: DataSpec) -> Request:
         InputError: a field is wrong.
     """
     parse_bits(request.bits)
-    suggested = suggest_config(request.method, request.effort)
+    suggested = suggest_config(request.method, request.effort, maps=not data.classes)
     config = request.config or suggested
     wanted = type(suggested)
     if not isinstance(config, wanted):
@@ -79,15 +79,26 @@ def resolve(request: Request, data: DataSpec) -> Request:
     return dataclasses.replace(request, config=config, device=resolve_device(request.device))
 
 
-def suggest_config(method: str, effort: str) -> Any:
+def suggest_config(method: str, effort: str, *, maps: bool = False) -> Any:
     """The hyper-parameters of a method for an effort.
 
+    Args:
+        method: a key of :data:`dfq.methods.METHODS`.
+        effort: ``quick``, ``default``, ``full`` or ``paper``.
+        maps: for a model that gives maps, without classes.
+
     Raises:
-        InputError: there is no such method or effort.
+        InputError: there is no such method or effort, or the method needs classes.
     """
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}; choose from {', '.join(METHODS)}.")
-    efforts = METHODS[method].efforts
+    efforts = METHODS[method].maps if maps else METHODS[method].efforts
+    if efforts is None:
+        able = ", ".join(name for name, each in METHODS.items() if each.maps is not None)
+        raise InputError(
+            f"{method} needs classes, and none were given; give their number, or for a model that "
+            f"gives maps choose from {able}."
+        )
     if effort not in efforts:
         raise InputError(f"{method} has no effort {effort!r}; choose from {', '.join(efforts)}.")
     return efforts[effort]

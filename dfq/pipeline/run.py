@@ -18,6 +18,7 @@ from dfq.deploy import PackedModel
 from dfq.evaluate import evaluate
 from dfq.methods import METHODS
 from dfq.models import freeze
+from dfq.outputs import map_errors
 from dfq.pipeline import folder as folders
 from dfq.pipeline.provenance import commit, file_sha256, state_sha256, versions
 from dfq.pipeline.request import Request, resolve
@@ -28,8 +29,9 @@ from dfq.types import DataSpec, Images, InputError, Report, silent
 # what result.json says first, and null where nothing was measured
 MEASURED = (
     *("float_top1", "nearest_top1", "student_top1", "packed_top1"),
-    *("agreement", "evaluation"),
+    *("agreement", "evaluation", "map_errors"),
 )
+COMPARED = 16  # synthetic images on which maps are compared
 
 
 @dataclass
@@ -91,7 +93,8 @@ def quantize(
     """Quantize ``model`` without data; ``model`` itself stays as it is.
 
     Args:
-        model: a trained CNN with BatchNorm, [B, C, H, W] -> logits [B, classes].
+        model: a trained CNN with BatchNorm, [B, C, H, W] -> logits [B, classes], or maps: see
+            :mod:`dfq.outputs`.
         data: shape, classes and normalization of the images it was trained on.
         bits: of weights and activations, ``w4a4`` and the like, 2 to 8 each.
         method: a key of :data:`dfq.methods.METHODS`.
@@ -145,6 +148,9 @@ def execute(model: nn.Module, data: DataSpec, request: Request, report: Report =
         if request.eval_file:
             with clock.stage("evaluate"):
                 _measure(run, teacher, data, request)
+        elif not data.classes:
+            with clock.stage("evaluate"):
+                _compare_maps(run, teacher, data, request)
     results["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     if request.out:
         folders.write_result(request.out, results)
@@ -212,14 +218,7 @@ def _prepare(teacher: nn.Module, data: DataSpec, request: Request) -> nn.Module:
 def _measure(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> None:
     """Put the accuracies of float, nearest, student and packed into the results of ``run``."""
     assert request.eval_file
-    nearest = _prepare(teacher, data, request)
-    calibrate(nearest, run.images.images)
-    models = {"float": teacher, "nearest": nearest, "student": run.student}
-    try:
-        models["packed"] = run.freeze()
-    except InputError as error:
-        models["packed"] = deploy.freeze_layers(run.student)
-        run.results["warnings"].append(f"packed layer by layer: {error}")
+    models = {"float": teacher, **_quantized_models(run, teacher, data, request)}
     found = {name: evaluate(m, request.eval_file, data) for name, m in models.items()}
     evaluation: dict[str, Any] = {
         "file": str(request.eval_file),
@@ -231,6 +230,31 @@ def _measure(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> 
         run.results[f"{name}_top1"] = accuracy.top1
     run.results["agreement"] = evaluation["student"]["agreement"]
     run.results["evaluation"] = evaluation
+
+
+@torch.no_grad()
+def _compare_maps(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> None:
+    """Put how far each map is from the float model's on synthetic images into the results."""
+    images = run.images.images[:COMPARED]
+    wanted = teacher(images)
+    models = _quantized_models(run, teacher, data, request)
+    run.results["map_errors"] = {
+        name: map_errors(model(images), wanted) for name, model in models.items()
+    }
+
+
+def _quantized_models(
+    run: Run, teacher: nn.Module, data: DataSpec, request: Request
+) -> dict[str, nn.Module]:
+    """The student, the same without learning, and the student as integers."""
+    nearest = _prepare(teacher, data, request)
+    calibrate(nearest, run.images.images)
+    try:
+        packed: nn.Module = run.freeze()
+    except InputError as error:
+        packed = deploy.freeze_layers(run.student)
+        run.results["warnings"].append(f"packed layer by layer: {error}")
+    return {"nearest": nearest, "student": run.student, "packed": packed}
 
 
 class _Clock:

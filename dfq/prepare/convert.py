@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dfq.prepare.adds import QAdd, quantize_adds
-from dfq.prepare.frozen import evaluating, freeze_batch_norm
+from dfq.prepare.edges import execution_order, output_layers
+from dfq.prepare.frozen import freeze_batch_norm
 from dfq.prepare.fusion import fuse_relus
 from dfq.prepare.grid import range_to_scale
 from dfq.prepare.layers import QConv2d, QLinear, QReLU
@@ -56,7 +57,8 @@ def prepare(
     it was. Layers are found as modules, never by tracing; what else is computed stays float.
 
     - ``brecq``: every ``nn.Conv2d`` and ``nn.Linear`` gets a weight grid per output channel and an
-      input grid per tensor; the first and the last layer have 8 bits for both. Residual additions
+      input grid per tensor; the first and the last layer have 8 bits for both, and of a model that
+      gives maps every layer that an output comes from. Residual additions
       get grids of 8 bits where the graph of the model can be traced, and stay float elsewhere.
     - ``gdfq``: every weight at the target bits, and the output of every ``nn.ReLU`` and
       ``nn.ReLU6``. The network's input and tensors without a ReLU stay float.
@@ -71,12 +73,12 @@ def prepare(
         model: float model.
         bits: e.g. ``"w4a4"``.
         protocol: which tensors are quantized.
-        edge_bits: weight and input bits of the first and last layer; None: 8 for ``brecq``, the
+        edge_bits: weight and input bits of the first and last layers; None: 8 for ``brecq``, the
             target bits for ``gdfq``.
         scales: ``"learned"`` (LSQ) or ``"minmax"``.
         overrides: glob over module names -> bits (``"w8a8"``, or 8 for both), or None to leave it
             float. A module's override holds for all below it; of several the last one wins.
-        data: its shape finds the first and last layer, by running zeros through the copy, and its
+        data: its shape finds the first and last layers, by running zeros through the copy, and its
             range becomes the grid of the first layer's input, so that real images are not clipped
             to what generated ones hold; None takes the order in which modules were defined.
 
@@ -97,8 +99,11 @@ def prepare(
     plan = dict.fromkeys(layers, target)
     edge = edge_bits or (BRECQ_EDGE_BITS if protocol == "brecq" else None)
     if edge:
-        order = _execution_order(student, layers, data.shape) if data else layers
-        plan[order[0]] = plan[order[-1]] = (edge, edge)
+        order = execution_order(student, layers, data.shape) if data else layers
+        last = [order[-1]]
+        if data and not data.classes:
+            last = output_layers(student, layers, data.shape) or last
+        plan |= dict.fromkeys([order[0], *last], (edge, edge))
     plan |= {name: bits for name, bits in chosen.items() if name in plan and bits}
     replacements = {
         student.get_submodule(name): _quantized(student.get_submodule(name), pair, protocol, scales)
@@ -186,30 +191,6 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _pair(bits: str | int) -> Bits:
     return parse_bits(f"w{bits}a{bits}" if isinstance(bits, int) else bits)
-
-
-def _execution_order(student: nn.Module, layers: list[str], shape: tuple[int, ...]) -> list[str]:
-    """The layers in the order in which a batch of one zero image reaches them."""
-    order: list[str] = []
-    handles = [
-        student.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: order.append(name)
-        )
-        for name in layers
-    ]
-    some = next(student.parameters())
-    try:
-        with torch.no_grad(), evaluating(student):
-            student(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise InputError(
-            f"the model does not run on one image of shape {shape}; give its own ({reason})."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order or layers
 
 
 def _quantized(layer: nn.Module, bits: Bits, protocol: str, scales: str) -> nn.Module:

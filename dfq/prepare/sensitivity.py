@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfq.outputs import are_logits, cast, map_distance
 from dfq.prepare.layers import QConv2d, QLinear
 from dfq.prepare.quantizer import Quantizer
 
@@ -29,14 +30,14 @@ def layer_importance(
     """How much each quantized layer of ``student`` matters; the mean over layers is 1.
 
     - ``sensitivity``: KL divergence of the outputs from the teacher's with that layer alone
-      quantized (ZeroQ, arXiv:2001.00281).
+      quantized (ZeroQ, arXiv:2001.00281); of maps their squared distance.
     - ``hessian``: the trace of the divergence's Hessian with respect to the layer's weight, by
       Hutchinson's estimate, per element (HAWQ-V2, arXiv:1911.03852).
     - ``static``: the layer's share of the weights.
     - ``uniform``: 1.
 
     Args:
-        teacher: [B, C, H, W] -> logits [B, classes].
+        teacher: [B, C, H, W] -> logits [B, classes], or maps.
         student: calibrated, made of ``teacher`` by ``prepare``.
         images: [N, C, H, W], generated.
         kind: one of the above.
@@ -97,7 +98,7 @@ def _traces(
     """
     step = 1e-3
     with torch.no_grad(), quantizing_only(student, None):
-        wanted = student(images)
+        wanted = cast(student(images), torch.float64)
         found = []
         for layer in layers.values():
             weight = layer.get_parameter("weight")
@@ -106,13 +107,16 @@ def _traces(
             for _ in range(PROBES):
                 sign = torch.randint(2, weight.shape, generator=rng).to(weight) * 2 - 1
                 weight.copy_(saved + size * sign)
-                total += _divergence(student(images).double(), wanted.double())
+                total += _divergence(cast(student(images), torch.float64), wanted)
                 weight.copy_(saved)
             found.append(2 * total / PROBES / size.square() / weight.numel())
     return torch.stack(found)
 
 
-def _divergence(output: Tensor, wanted: Tensor) -> Tensor:
+def _divergence(output: Any, wanted: Any) -> Tensor:
+    """Of maps their squared distance, which like the other is quadratic in small differences."""
+    if not are_logits(output):
+        return map_distance(output, wanted, power=2).mean()
     log_p, log_q = F.log_softmax(output, 1), F.log_softmax(wanted, 1)
     return F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
 

@@ -121,18 +121,36 @@ def accuracy_table(results: Mapping[str, Any]) -> Table:
     table.add_column("model")
     for column in ("top-1 %", "95 % interval", "same answer as float %"):
         table.add_column(column, justify="right")
-    names = {
-        "float": "float",
-        "nearest": "nearest, no learning",
-        "student": results["method"],
-        "packed": f"{results['method']}, as integers",
-    }
-    for key, name in names.items():
+    for key, name in _names(results["method"]).items():
         row = measured[key]
         interval = f"{row['low']:.1f} .. {row['high']:.1f}"
         style = "bold" if key == "student" else None
         table.add_row(name, f"{row['top1']:.1f}", interval, f"{row['agreement']:.1f}", style=style)
     return table
+
+
+def map_table(results: Mapping[str, Any]) -> Table:
+    """How far the maps of nearest, student and packed are from the float model's."""
+    table = Table(title=f"{results['bits']}, distance from float on synthetic images, relative")
+    table.add_column("model")
+    errors = results["map_errors"]
+    for index in range(len(errors["student"])):
+        table.add_column(f"map {index}", justify="right")
+    for key, name in _names(results["method"]).items():
+        if key in errors:
+            row = [f"{100 * error:.1f} %" for error in errors[key]]
+            table.add_row(name, *row, style="bold" if key == "student" else None)
+    return table
+
+
+def _names(method: str) -> dict[str, str]:
+    """What a table calls the models that were measured."""
+    return {
+        "float": "float",
+        "nearest": "nearest, no learning",
+        "student": method,
+        "packed": f"{method}, as integers",
+    }
 
 
 def _values(values: Mapping[str, Tensor | float]) -> str:

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfq.descent import anneal, descend, seeded_layers
+from dfq.outputs import are_logits, cast
 from dfq.synthesize.bn_stats import capture_bn_statistics
-from dfq.synthesize.generators import ConditionalGenerator
-from dfq.synthesize.losses import bn_mismatch
+from dfq.synthesize.generators import ConditionalGenerator, StagedGenerator
+from dfq.synthesize.losses import Moment, bn_mismatch
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -32,7 +33,7 @@ class GeneratorConfig:
         latent_lr: Adam's rate for the latents, falling to 0 over a batch; 0.1 in GENIE's code.
         latent_dim: length of a latent; 100 in GDFQ's code, 256 in GENIE's.
         bn_weight: weight of the BatchNorm mismatch, averaged over layers.
-        bn_moment: compare standard deviations (GENIE) or variances (GDFQ).
+        bn_moment: compare standard deviations (GENIE) or variances (GDFQ), see ``bn_mismatch``.
         class_weight: weight of the teacher's cross entropy against the wanted labels.
         bn_eps: epsilon of the generator's BatchNorms.
         bfloat16: run generator and teacher in bfloat16 where the device computes in it; statistics
@@ -46,7 +47,7 @@ class GeneratorConfig:
     latent_lr: float = 0.1
     latent_dim: int = 256
     bn_weight: float = 1.0
-    bn_moment: Literal["std", "var"] = "std"
+    bn_moment: Moment = "std"
     class_weight: float = 0.01
     bn_eps: float = 1e-5
     bfloat16: bool = True
@@ -66,7 +67,7 @@ GDFQ_GENERATOR = GeneratorConfig(  # the authors' cifar100_resnet20.hocon and co
 )
 
 
-Criterion = Callable[[Images, Tensor, Tensor], Tensor]  # (images, logits, bn_mismatch) -> loss
+Criterion = Callable[[Images, Any, Tensor], Tensor]  # (images, output, bn_mismatch) -> loss
 
 
 def generated_batches(
@@ -79,23 +80,24 @@ def generated_batches(
     rng: torch.Generator,
     report: Report = silent,
 ) -> Iterator[Images]:
-    """Train a ``ConditionalGenerator`` on ``teacher`` and yield ``batches`` batches as it goes.
+    """Train a generator on ``teacher`` and yield ``batches`` batches as it goes.
 
-    Minimizes ``criterion`` over the generator and, if ``latent_lr`` is set, the latents; None is
-    GDFQ's, ``class_weight * CE(teacher(x), y) + bn_weight * mean_l bn_mismatch_l``. ``teacher`` is
-    frozen and in eval mode; ``rng`` is a CPU generator, so that a seed means the same everywhere.
+    It is a ``ConditionalGenerator``, or without classes a ``StagedGenerator``. Minimizes
+    ``criterion`` over it and, if ``latent_lr`` is set, the latents; None is GDFQ's,
+    ``class_weight * CE(teacher(x), y) + bn_weight * mean_l bn_mismatch_l``. ``teacher`` is frozen
+    and in eval mode; ``rng`` is a CPU generator, so that a seed means the same everywhere.
     """
     device = next(teacher.parameters()).device
     criterion = criterion or partial(gdfq_criterion, config)
     bfloat16 = config.bfloat16 and has_bfloat16(device)
     with seeded_layers(rng):
-        generator = ConditionalGenerator(data, config.latent_dim, bn_eps=config.bn_eps).to(device)
+        generator = _generator(data, config).to(device)
     optimizer = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=(0.5, 0.999))
     total, done = config.first_steps + batches * config.steps_per_batch, 0
     for batch in range(batches):
         steps = config.steps_per_batch + (config.first_steps if batch == 0 else 0)
         latents = torch.randn(config.batch_size, config.latent_dim, generator=rng).to(device)
-        labels = torch.randint(data.classes, (config.batch_size,), generator=rng).to(device)
+        labels = torch.randint(max(data.classes, 1), (config.batch_size,), generator=rng).to(device)
         optimizers = [optimizer]
         if config.latent_lr:
             optimizers.append(torch.optim.Adam([latents.requires_grad_()], lr=config.latent_lr))
@@ -104,23 +106,42 @@ def generated_batches(
                 for latent_optimizer in optimizers[1:]:
                     anneal(latent_optimizer, step / steps)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                    images = generator(latents, labels).float()
-                    logits = teacher(images).float()
+                    images = _render(generator, latents, labels)
+                    output = cast(teacher(images), torch.float32)
                 mismatch = bn_mismatch(stats, config.bn_moment)
-                descend(criterion(Images(images, labels), logits, mismatch), *optimizers)
+                descend(criterion(Images(images, labels), output, mismatch), *optimizers)
                 done += 1
-                hits = (logits.detach().argmax(1) == labels).float().mean()
-                bn_loss = mismatch.detach().mean()
-                report("synthesize", done, total, bn_loss=bn_loss, teacher_accuracy=hits)
+                measures = {"bn_loss": mismatch.detach().mean()}
+                if data.classes:
+                    hits = (output.detach().argmax(1) == labels).float().mean()
+                    measures["teacher_accuracy"] = hits
+                report("synthesize", done, total, **measures)
         yield Images(images.detach(), labels)
 
 
 def gdfq_criterion(
-    config: GeneratorConfig, images: Images, logits: Tensor, mismatch: Tensor
+    config: GeneratorConfig, images: Images, output: Any, mismatch: Tensor
 ) -> Tensor:
-    """The teacher should recognize the images, and its BatchNorm layers should too."""
-    class_loss = F.cross_entropy(logits, images.labels)
+    """The teacher should recognize the images, and its BatchNorm layers should too.
+
+    The latter alone if it gives maps.
+    """
+    if not are_logits(output):
+        return config.bn_weight * mismatch.mean()
+    class_loss = F.cross_entropy(output, images.labels)
     return config.class_weight * class_loss + config.bn_weight * mismatch.mean()
+
+
+def _generator(data: DataSpec, config: GeneratorConfig) -> nn.Module:
+    if data.classes:
+        return ConditionalGenerator(data, config.latent_dim, bn_eps=config.bn_eps)
+    return StagedGenerator(data, config.latent_dim)
+
+
+def _render(generator: nn.Module, latents: Tensor, labels: Tensor) -> Tensor:
+    if isinstance(generator, ConditionalGenerator):
+        return generator(latents, labels).float()
+    return generator(latents).float()
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dfq.descent import anneal, descend, seeded_layers
+from dfq.outputs import labels
 from dfq.synthesize.bn_stats import capture_bn_statistics
 from dfq.synthesize.generate import has_bfloat16
-from dfq.synthesize.losses import bn_mismatch, image_mismatch
+from dfq.synthesize.generators import StagedGenerator, image_moments
+from dfq.synthesize.losses import Moment, bn_mismatch, image_mismatch
 from dfq.synthesize.swing import swing_convolutions
 from dfq.types import DataSpec, Images, Report, silent
 
@@ -44,6 +46,8 @@ class LatentConfig:
         schedule: rates fall by half a cosine over each batch, or as in the released code: the
             latents' tenfold on a plateau of 100 steps, the generator's by 5 % every 100 steps.
         latent_dim: length of a latent; 256 in the released code.
+        stages: make images by a ``StagedGenerator``; False: by a ``LatentGenerator``.
+        bn_moment: what is compared at a BatchNorm, see ``bn_mismatch``.
         image_weight: of the pull of every image's own mean and deviation towards the data's.
         swing: move the input of strided convolutions at random.
         bfloat16: run generator and teacher in bfloat16 where the device computes in it; statistics
@@ -60,6 +64,8 @@ class LatentConfig:
     latent_lr: float = 0.1
     schedule: Literal["cosine", "genie"] = "cosine"
     latent_dim: int = 256
+    stages: bool = False
+    bn_moment: Moment = "std"
     image_weight: float = 1.0
     swing: bool = True
     bfloat16: bool = True
@@ -67,6 +73,19 @@ class LatentConfig:
 
 GENIE_LATENTS = LatentConfig(  # the released code's, except that no seed was fixed there
     steps=4000, keep_generator=False, lr=0.01, schedule="genie", bfloat16=False
+)
+
+
+# Of large images, for models of maps: few in a batch, and a detector's activations, unlike those of
+# a classifier that ends in logits, may be of any scale.
+MAPS_LATENTS = LatentConfig(
+    batch_size=16,
+    batches=4,
+    steps=60,
+    first_steps=40,
+    stages=True,
+    bn_moment="relative",
+    image_weight=0.1,
 )
 
 
@@ -104,11 +123,6 @@ class LatentGenerator(nn.Module):
         """Images for ``latents``."""
         x = self.project(latents).unflatten(1, self.start).permute(0, 3, 1, 2)  # channels_last
         return self.mean + self.std * self.body(x)
-
-
-def image_moments(data: DataSpec) -> tuple[float, float]:
-    """Mean and standard deviation that the pixels of the model's images have, as far as known."""
-    return (0.0, 1.0) if data.mean or data.std else (0.5, 0.25)
 
 
 class PlateauDecay:
@@ -154,13 +168,14 @@ def distilled_batches(
     device = next(teacher.parameters()).device
     bfloat16 = config.bfloat16 and has_bfloat16(device)
     moments = image_moments(data)
-    generator: LatentGenerator | None = None
+    generator: nn.Module | None = None
+    make = StagedGenerator if config.stages else LatentGenerator
     steps, done = config.steps + config.keep_generator * config.first_steps, 0
     total = steps + (config.batches - 1) * config.steps
     for _ in range(config.batches):
         if generator is None or not config.keep_generator:
             with seeded_layers(rng):
-                generator = LatentGenerator(data, config.latent_dim).to(device)
+                generator = make(data, config.latent_dim).to(device)
         latents = torch.randn(config.batch_size, config.latent_dim, generator=rng).to(device)
         rates = _Rates(generator, latents.requires_grad_(), config)
         swing = swing_convolutions(teacher, rng) if config.swing else nullcontext()
@@ -168,8 +183,8 @@ def distilled_batches(
             for step in range(steps):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                     images = generator(latents).float()
-                    logits = teacher(images)
-                bn_loss = bn_mismatch(stats, "std").sum()
+                    output = teacher(images)
+                bn_loss = bn_mismatch(stats, config.bn_moment).sum()
                 image_loss = image_mismatch(images, *moments).mean()
                 loss = bn_loss + config.image_weight * image_loss
                 rates.set(step, steps, loss.detach())
@@ -177,7 +192,7 @@ def distilled_batches(
                 done += 1
                 losses = {"bn_loss": bn_loss.detach(), "image_loss": image_loss.detach()}
                 report("synthesize", done, total, **losses)
-        yield Images(images.detach(), logits.detach().argmax(1))
+        yield Images(images.detach(), labels(output))
         steps = config.steps
 
 

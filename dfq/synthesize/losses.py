@@ -10,20 +10,25 @@ from dfq.synthesize.bn_stats import BNStatistics
 _EPS = 1e-6  # the square root has no gradient at 0
 
 
-def bn_mismatch(stats: BNStatistics, moment: Literal["std", "var"] = "std") -> Tensor:
+Moment = Literal["std", "var", "relative"]
+
+
+def bn_mismatch(stats: BNStatistics, moment: Moment = "std") -> Tensor:
     """Squared distance of batch to stored statistics, averaged over channels; [layers].
 
     ``mean_c (m^_c - m_c)^2 + mean_c (s^_c - s_c)^2`` with ``s`` the standard deviation (GENIE,
-    arXiv:2212.04780) or the variance (GDFQ, arXiv:2003.03603).
+    arXiv:2212.04780) or the variance (GDFQ, arXiv:2003.03603). "relative" is GENIE's divided by the
+    layer's ``mean_c s_c^2``, so that no layer counts for the scale of its activations.
     """
     terms = []
     for mean, var, batch_mean, batch_var in zip(
         stats.stored_mean, stats.stored_var, stats.batch_mean, stats.batch_var, strict=True
     ):
         spread, batch_spread = var, batch_var
-        if moment == "std":
+        if moment != "var":
             spread, batch_spread = (var + _EPS).sqrt(), (batch_var + _EPS).sqrt()
-        terms.append((batch_mean - mean).square().mean() + (batch_spread - spread).square().mean())
+        term = (batch_mean - mean).square().mean() + (batch_spread - spread).square().mean()
+        terms.append(term / spread.square().mean() if moment == "relative" else term)
     return torch.stack(terms)
 
 
