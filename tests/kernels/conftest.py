@@ -43,6 +43,10 @@ def _patch_once_a_launch() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    # nor does a GPU check each sum of integers for an overflow: two thirds of the time
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
     patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def patch_once(fn):

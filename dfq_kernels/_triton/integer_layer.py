@@ -1,0 +1,36 @@
+"""Runs an integer layer by the kernel that its plan names."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfq_kernels._triton.integer_border import border_table
+from dfq_kernels._triton.integer_descriptors import run_descriptors
+from dfq_kernels._triton.integer_epilogue import epilogue_arguments
+from dfq_kernels._triton.integer_plan import Layer, architecture, plan
+from dfq_kernels._triton.integer_pointers import run_pointers
+
+ASSEMBLER = not os.environ.get("TRITON_INTERPRET")  # which knows none
+
+
+def run_layer(
+    layer: Layer,
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    x_zero: int,
+    y: Tensor,
+    rest: tuple[Any, ...],
+) -> None:
+    """Fill ``y``. ``operands``: x, weight and its zero; ``rest``: the ops' last arguments."""
+    if y.numel() == 0:
+        return
+    x, weight, weight_zero = operands
+    aligned = x.data_ptr() % 16 == 0 == weight.data_ptr() % 16
+    chosen = plan(layer, weight.dtype == torch.uint8, architecture(x), aligned)
+    tensors = (*operands, border_table(layer, weight, weight_zero, x_zero))
+    epilogue = epilogue_arguments(y, rest)
+    run = run_descriptors if chosen.kernel == "descriptors" else run_pointers
+    run(layer, chosen.tile, tensors, epilogue, ASSEMBLER)
