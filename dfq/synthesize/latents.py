@@ -27,6 +27,7 @@ from dfq.types import DataSpec, Images, Report, silent
 
 PATIENCE, SMALLEST_RATE = 100, 1e-4  # of the latents' plateau decay in the released code
 DECAY, DECAY_EVERY = 0.95, 100  # of the generator's rate there
+LARGE = 64  # pixels; the quarter of a larger image takes too many weights
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LatentConfig:
         schedule: rates fall by half a cosine over each batch, or as in the released code: the
             latents' tenfold on a plateau of 100 steps, the generator's by 5 % every 100 steps.
         latent_dim: length of a latent; 256 in the released code.
-        stages: make images by a ``StagedGenerator``; False: by a ``LatentGenerator``.
+        stages: make images by a ``StagedGenerator`` instead of GENIE's ``LatentGenerator``; None:
+            those over 64 pixels.
         bn_moment: what is compared at a BatchNorm, see ``bn_mismatch``.
         image_weight: of the pull of every image's own mean and deviation towards the data's.
         swing: move the input of strided convolutions at random.
@@ -64,7 +66,7 @@ class LatentConfig:
     latent_lr: float = 0.1
     schedule: Literal["cosine", "genie"] = "cosine"
     latent_dim: int = 256
-    stages: bool = False
+    stages: bool | None = None
     bn_moment: Moment = "std"
     image_weight: float = 1.0
     swing: bool = True
@@ -72,7 +74,7 @@ class LatentConfig:
 
 
 GENIE_LATENTS = LatentConfig(  # the released code's, except that no seed was fixed there
-    steps=4000, keep_generator=False, lr=0.01, schedule="genie", bfloat16=False
+    steps=4000, keep_generator=False, lr=0.01, schedule="genie", stages=False, bfloat16=False
 )
 
 
@@ -83,7 +85,6 @@ MAPS_LATENTS = LatentConfig(
     batches=4,
     steps=60,
     first_steps=40,
-    stages=True,
     bn_moment="relative",
     image_weight=0.1,
 )
@@ -169,13 +170,12 @@ def distilled_batches(
     bfloat16 = config.bfloat16 and has_bfloat16(device)
     moments = image_moments(data)
     generator: nn.Module | None = None
-    make = StagedGenerator if config.stages else LatentGenerator
     steps, done = config.steps + config.keep_generator * config.first_steps, 0
     total = steps + (config.batches - 1) * config.steps
     for _ in range(config.batches):
         if generator is None or not config.keep_generator:
             with seeded_layers(rng):
-                generator = make(data, config.latent_dim).to(device)
+                generator = _generator(data, config).to(device)
         latents = torch.randn(config.batch_size, config.latent_dim, generator=rng).to(device)
         rates = _Rates(generator, latents.requires_grad_(), config)
         swing = swing_convolutions(teacher, rng) if config.swing else nullcontext()
@@ -194,6 +194,11 @@ def distilled_batches(
                 report("synthesize", done, total, **losses)
         yield Images(images.detach(), labels(output))
         steps = config.steps
+
+
+def _generator(data: DataSpec, config: LatentConfig) -> nn.Module:
+    stages = max(data.shape[1:]) > LARGE if config.stages is None else config.stages
+    return (StagedGenerator if stages else LatentGenerator)(data, config.latent_dim)
 
 
 class _Rates:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dfq.synthesize.generators import ConditionalGenerator
+from dfq.synthesize.generators import ConditionalGenerator, StagedGenerator
 from dfq.types import DataSpec
 
 
@@ -40,3 +40,27 @@ def test_the_label_matters(conditioning):
     latents = torch.randn(1, 8).expand(2, 8)
     first, second = generator(latents, torch.tensor([0, 1]))
     assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("shape", [(3, 72, 100), (1, 9, 14), (4, 33, 16), (3, 5, 5)], ids=str)
+def test_stages_reach_any_image_shape(shape):
+    images = StagedGenerator(DataSpec(shape), 12, width=32)(torch.randn(6, 12))
+    assert images.shape == (6, *shape)
+    torch.testing.assert_close(
+        images.mean((0, 2, 3)), torch.full(shape[:1], 0.5), atol=1e-4, rtol=0
+    )
+
+
+def test_stages_begin_small_and_halve_their_channels():
+    generator = StagedGenerator(DataSpec((3, 352, 352)), 256)
+    assert generator.start == (11, 11, 256)
+    widths = [m.out_channels for m in generator.body if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [128, 64, 32, 16, 3]
+    assert sum(p.numel() for p in generator.parameters()) < 9e6  # a quarter-size start: 255e6
+
+
+def test_every_latent_and_every_stage_learns():
+    generator, latents = StagedGenerator(DataSpec((3, 40, 40)), 8), torch.randn(4, 8)
+    (generator(latents.requires_grad_()) ** 3).sum().backward()
+    assert latents.grad.abs().amin() > 0
+    assert all(p.grad.abs().max() > 0 for p in generator.parameters())

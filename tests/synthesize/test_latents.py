@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from dfq.synthesize.bn_stats import capture_bn_statistics
+from dfq.synthesize.generators import StagedGenerator
 from dfq.synthesize.latents import (
     GENIE_LATENTS,
     LatentConfig,
@@ -11,7 +13,7 @@ from dfq.synthesize.latents import (
     PlateauDecay,
     distilled_batches,
 )
-from dfq.synthesize.losses import image_mismatch
+from dfq.synthesize.losses import bn_mismatch, image_mismatch
 from dfq.types import DataSpec
 from tests.synthesize.test_generate import DATA, _teacher
 
@@ -155,3 +157,39 @@ def test_image_mismatch_has_a_gradient_for_flat_images():
     images = torch.zeros(1, 3, 4, 4, requires_grad=True)
     image_mismatch(images, 0.0, 1.0).sum().backward()
     assert images.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("stages", "size"), [(None, 64), (None, 65), (True, 8), (False, 65)])
+def test_large_images_are_made_in_stages_unless_told(stages, size, monkeypatch):
+    made = []
+    for kind in (LatentGenerator, StagedGenerator):
+        monkeypatch.setattr(
+            f"dfq.synthesize.latents.{kind.__name__}",
+            lambda data, dim, kind=kind: made.append(kind) or kind(data, dim, width=8),
+        )
+    config = replace(TINY, batch_size=2, batches=1, steps=1, first_steps=0, stages=stages)
+    data = DataSpec((3, size, size), classes=4)
+    rng = torch.Generator().manual_seed(0)
+    ((images, _),) = distilled_batches(_teacher(), data, config, rng=rng)
+    assert made == [
+        StagedGenerator if stages or (stages is None and size > 64) else LatentGenerator
+    ]
+    assert images.shape == (2, 3, size, size)
+
+
+def test_relative_statistics_know_no_scale():
+    """A layer whose activations are ten times as large counts the same."""
+    found = {}
+    for scale in (1.0, 10.0):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval().requires_grad_(False)
+        for parameter in model[0].parameters():
+            parameter.copy_(scale * torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+        model[1].running_mean.fill_(scale)
+        model[1].running_var.fill_(scale**2)
+        with capture_bn_statistics(model) as stats:
+            model(torch.linspace(-1, 1, 4 * 3 * 64).view(4, 3, 8, 8))
+        for moment in ("std", "relative"):
+            found[moment, scale] = bn_mismatch(stats, moment)
+    torch.testing.assert_close(found["relative", 10.0], found["relative", 1.0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found["std", 1.0], found["relative", 1.0])
+    torch.testing.assert_close(found["std", 10.0], 100 * found["std", 1.0], rtol=1e-4, atol=0)
