@@ -1,5 +1,6 @@
 """Student in, integers out: ``freeze`` it, run it, save it, load it without its class, export."""
 
+from dfq.deploy.export import export, export_pt2
 from dfq.deploy.freeze import freeze
 from dfq.deploy.layers import PackedConv2d, PackedLinear, freeze_layers
 from dfq.deploy.onnx_graph import export_onnx
@@ -9,7 +10,9 @@ __all__ = [
     "PackedConv2d",
     "PackedLinear",
     "PackedModel",
+    "export",
     "export_onnx",
+    "export_pt2",
     "freeze",
     "freeze_layers",
     "load",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfq.deploy.chains import Chain
 from dfq.deploy.fold import fold, grid_of, unfused
-from dfq.deploy.operations import OPERATIONS
+from dfq.deploy.operations import OPERATIONS, Place
 from dfq.deploy.program import Grid
 from dfq.prepare.layers import QConv2d, QLinear
 
@@ -46,10 +46,11 @@ class _PackedLayer(nn.Module):
 
     def _bind(self) -> Callable[..., Tensor]:
         tensors = dict(self.named_buffers())
+        place = Place(self.get_buffer("weight").device)
         if self.grid is None:
-            return OPERATIONS[f"float_{self.op}"](self.numbers, tensors)
-        quantize = OPERATIONS["quantize"]({"grid": self.grid.as_dict()}, {})
-        layer = OPERATIONS[self.op](self.numbers, tensors)
+            return OPERATIONS[f"float_{self.op}"](self.numbers, tensors, place)
+        quantize = OPERATIONS["quantize"]({"grid": self.grid.as_dict()}, {}, place)
+        layer = OPERATIONS[self.op](self.numbers, tensors, place)
         return lambda x: layer(quantize(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _PackedLayer:

@@ -1,9 +1,13 @@
 """A packed model as an ONNX graph: QuantizeLinear and DequantizeLinear around float operators.
 
 That is the form that runtimes turn into integer kernels. Codes are uint8 (int8 where they can be
-negative) whatever their bits; a Clip keeps them in range where the grid is smaller. The bias is an
-int32 on the grid of the sums. Weights of at most 4 bits are stored as INT8, which ONNX Runtime
-fuses, or as INT4.
+negative) whatever their bits; a Clip keeps them in range where the grid is smaller. Weights of at
+most 4 bits are stored as INT8, which ONNX Runtime fuses, or as INT4.
+
+A layer between 8-bit codes has its bias in int32 on the grid of its sums, as integer operators want
+it. Elsewhere that would only cost exactness, since a sum of few bits is coarse and a code that is
+off by one changes many behind it: there the bias is added in float, by a node of its own, because
+ONNX Runtime rounds that of a Conv by itself.
 """
 
 from __future__ import annotations
@@ -133,12 +137,13 @@ class Graph:
 
     def _conv(self, step: Step, tensors: dict[str, Tensor]) -> None:
         n = step.numbers
-        inputs = self._operands(step, tensors, lambda w: w.permute(0, 3, 1, 2))
-        self._finish(step, self.node("Conv", inputs, **_geometry(n)))
+        inputs, bias = self._operands(step, tensors, lambda w: w.permute(0, 3, 1, 2))
+        value = self.node("Conv", inputs, **_geometry(n))
+        self._finish(step, value, None if bias is None else bias.view(-1, 1, 1))
 
     def _linear(self, step: Step, tensors: dict[str, Tensor]) -> None:
-        x, weight, bias = self._operands(step, tensors, lambda w: w)
-        self._finish(step, self.node("Gemm", [x, weight, bias], transB=1))
+        inputs, bias = self._operands(step, tensors, lambda w: w)
+        self._finish(step, self.node("Gemm", inputs, transB=1), bias)
 
     def _float_conv(self, step: Step, tensors: dict[str, Tensor]) -> None:
         weight, scale = self._weight(step, tensors).permute(0, 3, 1, 2), tensors["scale"]
@@ -170,8 +175,10 @@ class Graph:
             self.initializers[-1] = proto
         return self.node("DequantizeLinear", [name, self.constant(scale)], axis=0)
 
-    def _operands(self, step: Step, tensors: dict[str, Tensor], layout: Any) -> list[str]:
-        """Input, weight and bias of a layer; multiplier and bias in the units of real values."""
+    def _operands(
+        self, step: Step, tensors: dict[str, Tensor], layout: Any
+    ) -> tuple[list[str], Tensor | None]:
+        """Inputs of a layer's node, and the bias if that is to be added behind it."""
         source = self.grids[step.inputs[0]]
         unit = self._unit(step)
         scale = tensors["multiplier"].double() * unit / source.scale
@@ -185,19 +192,43 @@ class Graph:
         flip = scale < 0  # runtimes want positive scales
         weight = torch.where(flip.view(-1, *[1] * (weight.ndim - 1)), -weight, weight)
         scale = scale.abs()
+        if not _fuses(step):
+            return [self.as_float(step.inputs[0]), self._scaled(layout(weight), scale)], bias
+        weight, scale = self._refined(weight, scale, bias / source.scale, source)
         sums = scale * source.scale
         bias_codes = self.constant((bias / sums).round(), np.int32)
         dequantized = self.node("DequantizeLinear", [bias_codes, self.constant(sums)], axis=0)
         weights = self._scaled(layout(weight), scale)
-        return [self.as_float(step.inputs[0]), weights, dequantized]
+        return [self.as_float(step.inputs[0]), weights, dequantized], None
+
+    def _refined(
+        self, weight: Tensor, scale: Tensor, bias: Tensor, source: Grid
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of few bits times a power of two, by channel, and their scale over it.
+
+        The products stay what they are and the grid of the bias becomes as much finer: rounded to
+        that of 4-bit weights it would move some percent of the activations by one.
+        """
+        largest = weight.flatten(1).abs().amax(1)
+        if self.int4 and int(weight.min()) >= -8 and int(weight.max()) <= 7:
+            return weight, scale  # they would not fit INT4 any more
+        # two products with 8-bit activations must not leave int16, where some CPUs add them
+        most = 127 if source.quant_max - source.quant_min < 128 else 64
+        room = (most / largest.clamp(min=1)).log2().floor()
+        for_bias = (scale * 2**30 / bias.abs().clamp(min=1e-30)).log2().floor()
+        finer = 2 ** torch.minimum(room.double(), for_bias).clamp(min=0)
+        by_channel = finer.int().view(-1, *[1] * (weight.ndim - 1))
+        return weight * by_channel, scale / finer
 
     def _unit(self, step: Step) -> float:
         """The scale of what a layer writes."""
         stored = step.numbers["grid"]
         return Grid.of(stored).scale if stored else 1.0
 
-    def _finish(self, step: Step, value: str) -> None:
+    def _finish(self, step: Step, value: str, bias: Tensor | None) -> None:
         n = step.numbers
+        if bias is not None:
+            value = self.node("Add", [value, self.constant(bias)])
         if len(step.inputs) > 1:
             value = self.node("Add", [value, self.as_float(step.inputs[1])])
         if n["relu"]:
@@ -208,6 +239,15 @@ class Graph:
             self.on_grid(value, Grid.of(n["grid"]), step.output)
         else:
             self.node("Identity", [value], step.output)
+
+
+def _fuses(step: Step) -> bool:
+    """Whether a layer ends in 8-bit codes, without a sum: runtimes make one operator of it."""
+    grid = step.numbers["grid"]
+    if not grid or len(step.inputs) > 1:
+        return False
+    found, codes = Grid.of(grid), np.iinfo(container(Grid.of(grid)))
+    return (found.quant_min, found.quant_max) == (codes.min, codes.max)
 
 
 def _geometry(n: Any) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What the steps of a program do. A file names them; it cannot bring its own.
 
-An operation gets what is known when a model is loaded, the numbers and tensors of its step, and
-returns the function that runs on every batch.
+An operation gets what is known when a model is loaded, the numbers and tensors of its step and
+where it will run, and returns the function that runs on every batch.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ from dfq_kernels import (
 Numbers = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
 Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model will run.
+
+    Attributes:
+        device: of its tensors.
+        prepacked: whether weights are laid out for the CPU's kernels beforehand, beside themselves.
+    """
+
+    device: torch.device
+    prepacked: bool = True
+
 
 FLOAT: dict[
     str, Run
@@ -64,44 +79,49 @@ FLOAT: dict[
 }
 
 
-def _quantize(n: Numbers, t: Tensors) -> Run:
+def _quantize(n: Numbers, t: Tensors, at: Place) -> Run:
     grid = Grid.of(n["grid"])
+    scale, zero_point = grid.tensors(at.device)
     bounds = grid.quant_min, grid.quant_max, grid.offset
-    return lambda x: quantize(x, *grid.tensors(x.device), *bounds)
+    return lambda x: quantize(x, scale, zero_point, *bounds)
 
 
-def _dequantize(n: Numbers, t: Tensors) -> Run:
+def _dequantize(n: Numbers, t: Tensors, at: Place) -> Run:
     grid = Grid.of(n["grid"])
-    return lambda codes: dequantize(codes, *grid.tensors(codes.device), grid.offset)
+    scale, zero_point = grid.tensors(at.device)
+    return lambda codes: dequantize(codes, scale, zero_point, grid.offset)
 
 
-def _requantize(n: Numbers, t: Tensors) -> Run:
+def _requantize(n: Numbers, t: Tensors, at: Place) -> Run:
     before, after = Grid.of(n["from"]), Grid.of(n["grid"])
     ratio, grid = (before.scale, after.scale), Int8Grid(after.zero, after.low, after.high)
     return lambda codes: requantize(codes, ratio, before.zero, grid)
 
 
-def _conv(n: Numbers, t: Tensors) -> Run:
+def _conv(n: Numbers, t: Tensors, at: Place) -> Run:
     stride, padding, dilation = (tuple(n[name]) for name in ("stride", "padding", "dilation"))
     window = Window(stride, padding, dilation, n["groups"])
-    weight = prepack(_weight(n, t), groups=window.groups, dilation=window.dilation[1])
-    finish = _epilogue(n, t)
-    return lambda x, *carried: qconv2d(x, weight, finish(*carried), window, x_zero=n["zero"])
+    weight, finish, zero = _weight(n, t), _epilogue(n, t), int(n["zero"])
+    if at.prepacked:
+        weight = prepack(weight, groups=window.groups, dilation=window.dilation[1])
+    return lambda x, *carried: qconv2d(x, weight, finish(*carried), window, x_zero=zero)
 
 
-def _linear(n: Numbers, t: Tensors) -> Run:
-    weight, finish = prepack(_weight(n, t)), _epilogue(n, t)
-    return lambda x: qlinear(x.contiguous(), weight, finish(), x_zero=n["zero"])
+def _linear(n: Numbers, t: Tensors, at: Place) -> Run:
+    weight, finish, zero = _weight(n, t), _epilogue(n, t), int(n["zero"])
+    if at.prepacked:
+        weight = prepack(weight)
+    return lambda x, *carried: qlinear(x.contiguous(), weight, finish(*carried), x_zero=zero)
 
 
-def _float_conv(n: Numbers, t: Tensors) -> Run:
+def _float_conv(n: Numbers, t: Tensors, at: Place) -> Run:
     """Of a layer whose input is float: its weights as the student has them."""
     weight = (_weight(n, t).integers().float() * t["scale"].view(-1, 1, 1, 1)).permute(0, 3, 1, 2)
     geometry = n["stride"], n["padding"], n["dilation"], n["groups"]
     return lambda x: F.conv2d(x, weight, t.get("bias"), *geometry)
 
 
-def _float_linear(n: Numbers, t: Tensors) -> Run:
+def _float_linear(n: Numbers, t: Tensors, at: Place) -> Run:
     weight = _weight(n, t).integers().float() * t["scale"].view(-1, 1)
     return lambda x: F.linear(x, weight, t.get("bias"))
 
@@ -134,7 +154,7 @@ def _output_grid(n: Numbers) -> Int8Grid | None:
     return Int8Grid(grid.zero, grid.low, high)
 
 
-def _max_pool(n: Numbers, t: Tensors) -> Run:
+def _max_pool(n: Numbers, t: Tensors, at: Place) -> Run:
     """Of integers: the largest of shifted views, one for each place in the window."""
     kernel, stride, padding, dilation = (
         n[name] for name in ("kernel", "stride", "padding", "dilation")
@@ -161,7 +181,7 @@ def _max_pool(n: Numbers, t: Tensors) -> Run:
     return run
 
 
-def _mean(n: Numbers, t: Tensors) -> Run:
+def _mean(n: Numbers, t: Tensors, at: Place) -> Run:
     """Over height and width, in float32, of the exact sum of the integers."""
     grid = Grid.of(n["grid"])
 
@@ -174,7 +194,7 @@ def _mean(n: Numbers, t: Tensors) -> Run:
     return run
 
 
-def _call(n: Numbers, t: Tensors) -> Run:
+def _call(n: Numbers, t: Tensors, at: Place) -> Run:
     """A function of ``FLOAT``; those that only move values take integers too."""
     function = FLOAT[n["function"]]
 
@@ -201,7 +221,7 @@ def decode(stored: Any, inputs: tuple[Tensor, ...], tensors: Tensors) -> Any:
     return slice(*stored["slice"])
 
 
-OPERATIONS: dict[str, Callable[[Numbers, Tensors], Run]] = {
+OPERATIONS: dict[str, Callable[[Numbers, Tensors, Place], Run]] = {
     "call": _call,
     "conv": _conv,
     "dequantize": _dequantize,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfq.deploy.operations import OPERATIONS, check
+from dfq.deploy import files
+from dfq.deploy.operations import OPERATIONS, Place, check
 from dfq.deploy.program import INPUT, Program
 from dfq.types import InputError
 
-FORMAT = 1
+Runs = Sequence[Callable[..., Any]]
 
 
 class PackedModel(nn.Module):
     """Images [B, C, H, W] -> what the student gives; integers within, no float weights.
+
+    On a GPU nothing waits for it, so that calls after the first can be captured in a CUDA graph.
 
     Args:
         program: what to do.
@@ -39,7 +41,8 @@ class PackedModel(nn.Module):
         self._names = {name: f"tensor{index}" for index, name in enumerate(tensors)}
         for name, tensor in tensors.items():
             self.register_buffer(self._names[name], tensor)
-        self._runs: list[Callable[..., Any]] | None = None
+        self._last_uses = program.last_uses()
+        self._runs: Runs | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names that the program has for them."""
@@ -49,62 +52,61 @@ class PackedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Run the program."""
         if self._runs is None:  # weights are laid out for this device once
-            self._runs = self._bind()
+            self._runs = self.bind()
+        return self.execute(images, self._runs)
+
+    def bind(self, *, prepacked: bool = True) -> Runs:
+        """The functions of all steps, on the device of the tensors.
+
+        Args:
+            prepacked: whether the CPU's kernels get a copy of the weights in their own order.
+        """
+        tensors = self.tensors()
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        place = Place(device, prepacked)
+        return [
+            OPERATIONS[step.op](
+                step.numbers, {role: tensors[name] for role, name in step.tensors.items()}, place
+            )
+            for step in self.program.steps
+        ]
+
+    def execute(self, images: Tensor, runs: Runs) -> Any:
+        """Run the program by the functions that ``bind`` gave."""
         values: dict[str, Any] = {INPUT: images}
-        last_uses = self._last_uses
-        for index, (step, run) in enumerate(zip(self.program.steps, self._runs, strict=True)):
-            values[step.output] = run(*(values[name] for name in step.inputs))
-            for name in last_uses.get(index, ()):
+        for index, (step, run) in enumerate(zip(self.program.steps, runs, strict=True)):
+            values[step.output] = run(*[values[name] for name in step.inputs])
+            for name in self._last_uses.get(index, ()):
                 del values[name]
         return values[self.program.output]
 
     def save(self, path: str | Path) -> None:
         """Write a ``.safetensors`` file that ``dfq.load`` reads without the student's class."""
-        from safetensors.torch import save
+        files.write(path, self.program, self.tensors())
 
-        header = {"format": FORMAT, "program": self.program.as_dict()}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
-        partial = Path(f"{path}.part")
-        partial.write_bytes(save(tensors, {"dfq_packed": json.dumps(header)}))
-        partial.replace(path)
+    def export(self, path: str | Path, *, int4: bool = False) -> None:
+        """Write it for another runtime; see :func:`dfq.deploy.export`."""
+        from dfq.deploy.export import export  # which knows this class
 
-    def _bind(self) -> list[Callable[..., Any]]:
-        tensors = self.tensors()
-        self._last_uses = self.program.last_uses()
-        return [
-            OPERATIONS[step.op](
-                step.numbers, {role: tensors[name] for role, name in step.tensors.items()}
-            )
-            for step in self.program.steps
-        ]
+        export(self, path, int4=int4)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModel:
         self._runs = None  # the tensors go to another device
         return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_runs": None}  # a copy lays its weights out itself
 
 
 def load(path: str | Path) -> PackedModel:
     """Read what ``PackedModel.save`` wrote; nothing in the file is executed.
 
     Raises:
-        InputError: if it is no such file, is damaged, or was written by a later dfq.
+        InputError: if it is no such file, is damaged, or was written by another version of dfq.
     """
-    from safetensors import SafetensorError, safe_open
-
+    model = PackedModel(*files.read(path))
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["dfq_packed"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged or no model ({error}); freeze and save again."
-        ) from error
-    except KeyError:
-        raise InputError(
-            f"{path} was not written by PackedModel.save; give another file."
-        ) from None
-    if header.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {header.get('format')} and this dfq reads {FORMAT}; update dfq."
-        )
-    return PackedModel(Program.from_dict(header.get("program", {})), tensors)
+        model.bind(prepacked=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"a step of {path} is damaged ({error!r}); save it again.") from error
+    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -39,7 +38,11 @@ class Grid:
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Scale and zero_point, each [1], as the ops of dfq_kernels take them."""
-        return _on_device(self.scale, device), _on_device(float(self.zero_point), device)
+        scale, zero_point = (
+            torch.tensor([value], dtype=torch.float32, device=device)
+            for value in (self.scale, self.zero_point)
+        )
+        return scale, zero_point
 
     @property
     def offset(self) -> int:
@@ -158,8 +161,3 @@ class Program:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the program of the model is damaged ({error!r}).") from error
-
-
-@functools.lru_cache(maxsize=4096)
-def _on_device(value: float, device: torch.device) -> Tensor:
-    return torch.tensor([value], dtype=torch.float32, device=device)

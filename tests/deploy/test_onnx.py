@@ -25,9 +25,9 @@ def test_the_exported_graph_computes_what_the_packed_model_does(tmp_path, name, 
     export_onnx(packed, tmp_path / "m.onnx", int4=int4)
     for x in (images(), images()[:1]):  # the batch is open
         found, expected = _run(tmp_path / "m.onnx", x), packed(x)
-        # the bias lies on the grid of the sums here, which moves single integers by one
+        # between 8-bit codes the bias lies on the grid of the sums, which moves some by one
         largest = expected.abs().max()
-        assert (found - expected).abs().mean() <= 0.01 * largest
+        assert (found - expected).abs().mean() <= 0.002 * largest
         torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * largest.item())
 
 
@@ -39,14 +39,26 @@ def test_protocol_gdfq_and_asymmetric_weights(tmp_path, name):
     assert (found - expected).abs().mean() <= 0.01 * expected.abs().max()
 
 
-def test_activations_are_quantized_before_every_layer(tmp_path):
-    export_onnx(freeze(student_of("residual"), IMAGE), tmp_path / "m.onnx")
+@pytest.mark.parametrize(("bits", "fused"), [("w4a4", [3]), ("w8a8", [0, 1, 3])])
+def test_activations_are_quantized_before_every_layer(tmp_path, bits, fused):
+    """Between 8-bit codes the bias is on the grid of the sums too: what ONNX Runtime fuses."""
+    export_onnx(freeze(student_of("residual", bits), IMAGE), tmp_path / "m.onnx")
     graph = onnx.load(tmp_path / "m.onnx").graph
     writers = {output: node.op_type for node in graph.node for output in node.output}
     layers = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
     assert len(layers) == 6
     for layer in layers:
-        assert [writers[name] for name in layer.input] == ["DequantizeLinear"] * 3
+        assert {writers[name] for name in layer.input} == {"DequantizeLinear"}
+    assert [i for i, layer in enumerate(layers) if len(layer.input) == 3] == fused
+
+
+def test_integer_operators_run_in_onnx_runtime(tmp_path):
+    export_onnx(freeze(student_of("depthwise", "w8a8"), IMAGE), tmp_path / "m.onnx")
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "o.onnx")
+    onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
+    assert kinds.count("QLinearConv") >= 2
 
 
 @pytest.mark.parametrize("int4", [False, True])

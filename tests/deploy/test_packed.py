@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from dfq.deploy import freeze, load
-from dfq.deploy.packed import FORMAT
+from dfq.deploy import files, freeze, load
+from dfq.deploy.files import FORMAT
 from dfq.deploy.program import INPUT, Grid, Program, Step
-from dfq.types import InputError
+from dfq.prepare import calibrate, prepare
+from dfq.types import InputError, QuantSpec
+from dfq_kernels import pack_int4
 from tests.deploy.nets import NETS
 from tests.deploy.test_freeze import IMAGE, images, student_of
 
@@ -26,11 +29,14 @@ def packed():
     return freeze(student_of("residual"), IMAGE)
 
 
-def _rewrite(path, change):
-    """The file again, with another header."""
-    header = json.loads(_metadata(path)["dfq_packed"])
+def _rewrite(path, change, *, sign=True):
+    """The file again, with another header, and a digest that fits it."""
+    header, tensors = json.loads(_metadata(path)[files.HEADER]), load_file(path)
     change(header)
-    save_file(load_file(path), path, {"dfq_packed": json.dumps(header)})
+    if sign:
+        header.pop("sha256")
+        header["sha256"] = files._digest(header, tensors)
+    save_file(tensors, path, {files.HEADER: json.dumps(header)})
 
 
 def _metadata(path):
@@ -82,8 +88,17 @@ def test_a_later_format_is_refused(tmp_path, packed):
         (lambda h: h["program"].update(output="none"), "output"),
         (lambda h: h["program"]["steps"][1]["tensors"].update(weight="gone"), "gone"),
         (lambda h: h.pop("program"), "damaged"),
+        (lambda h: h["program"]["steps"][1]["numbers"].pop("stride"), "stride"),
+        (lambda h: h["program"]["steps"][1]["numbers"].update(zero="os"), "damaged"),
+        (lambda h: h["packing"]["1_conv.weight"].update(bits=5), "damaged .* of 5 bits"),
+        (lambda h: h["packing"]["1_conv.weight"].update(bits=99), "damaged"),
+        (lambda h: h["packing"]["1_conv.weight"].update(shape=[10**12, 1]), "damaged"),
+        (lambda h: h.update(packing=[]), "damaged"),
     ],
-    ids=["operation", "input", "numbers", "output", "tensor", "program"],
+    ids=[
+        *("operation", "input", "numbers", "output", "tensor", "program"),
+        *("stride", "zero", "bits", "too many bits", "shape", "packing"),
+    ],
 )
 def test_an_altered_program_is_refused(tmp_path, packed, change, message):
     path = tmp_path / "m.safetensors"
@@ -104,6 +119,57 @@ def test_a_function_that_is_not_listed_is_refused(tmp_path):
     _rewrite(path, alter)
     with pytest.raises(InputError, match="__import__"):
         load(path)
+
+
+def test_a_file_that_was_altered_is_refused(tmp_path, packed):
+    """In a tensor, and in a number of a step."""
+    path = tmp_path / "m.safetensors"
+    packed.save(path)
+    whole = bytearray(path.read_bytes())
+    for place in (len(whole) - 1, len(whole) - 2000):
+        altered = bytearray(whole)
+        altered[place] ^= 1
+        path.write_bytes(altered)
+        with pytest.raises(InputError, match="was altered"):
+            load(path)
+    path.write_bytes(whole)
+    _rewrite(path, lambda h: h["program"]["steps"][1]["numbers"].update(relu=False), sign=False)
+    with pytest.raises(InputError, match="was altered"):
+        load(path)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 3, 3, 2), (4, 64)])
+def test_integers_are_stored_without_gaps(bits, shape):
+    half = 2 ** (bits - 1)
+    rng = torch.Generator().manual_seed(bits)
+    values = torch.randint(-half, half, shape, dtype=torch.int8, generator=rng)
+    values.view(-1)[0] = -half  # so that all bits are needed
+    row, packing = files.squeeze(values, shape)
+    assert row.numel() == (values.numel() * bits + 7) // 8
+    assert packing["bits"] == bits
+    assert torch.equal(files._expand(row, packing), values)
+    mask, number = 2**bits - 1, int.from_bytes(row.numpy().tobytes(), "little")
+    for k, value in enumerate(values.view(-1).tolist()):
+        assert number >> k * bits & mask == value & mask
+    if bits <= 4:
+        packed = pack_int4(values.flatten(1))
+        row, packing = files.squeeze(packed, shape)
+        assert row.numel() == (values.numel() * bits + 7) // 8
+        assert torch.equal(files._expand(row, packing), packed)
+
+
+def test_a_file_of_four_bit_weights_takes_half_a_byte_for_each(tmp_path):
+    """Of a small layer too, whose last block of 64 is not full in memory."""
+    student = prepare(nn.Sequential(nn.Conv2d(3, 70, 3), nn.Conv2d(70, 40, 3)).eval(), "w4a4")
+    student[0].weight_quantizer.spec = student[1].weight_quantizer.spec = QuantSpec(4, axis=0)
+    calibrate(student, images())
+    packed = freeze(student, IMAGE)
+    packed.save(tmp_path / "m.safetensors")
+    stored = load_file(tmp_path / "m.safetensors")
+    sizes = [t.numel() for name, t in stored.items() if name.endswith("weight")]
+    assert sorted(sizes) == sorted([70 * 27 // 2, 40 * 630 // 2])
+    assert torch.equal(load(tmp_path / "m.safetensors")(images()), packed(images()))
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000])
