@@ -13,6 +13,7 @@ from dfq_kernels._triton.integer_descriptors import run_descriptors
 from dfq_kernels._triton.integer_epilogue import epilogue_arguments
 from dfq_kernels._triton.integer_plan import Layer, architecture, plan
 from dfq_kernels._triton.integer_pointers import run_pointers
+from dfq_kernels._triton.qconv2d_stem import run_stem
 
 ASSEMBLER = not os.environ.get("TRITON_INTERPRET")  # which knows none
 
@@ -32,5 +33,5 @@ def run_layer(
     chosen = plan(layer, weight.dtype == torch.uint8, architecture(x), aligned)
     tensors = (*operands, border_table(layer, weight, weight_zero, x_zero))
     epilogue = epilogue_arguments(y, rest)
-    run = run_descriptors if chosen.kernel == "descriptors" else run_pointers
-    run(layer, chosen.tile, tensors, epilogue, ASSEMBLER)
+    runs = {"descriptors": run_descriptors, "stem": run_stem, "pointers": run_pointers}
+    runs[chosen.kernel](layer, chosen.tile, tensors, epilogue, ASSEMBLER)

@@ -1,8 +1,7 @@
 """Which kernel computes an integer layer, in which tiles: a function of its shape and the GPU.
 
 A linear layer is a convolution of one pixel an image. ``descriptors`` needs the tensor copy engine
-of sm_90, ``pointers`` computes everything else; qconv2d_stem has a kernel for images of few
-channels.
+of sm_90, ``stem`` serves images of few channels, ``pointers`` computes everything else.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dfq_kernels._triton.integer_tuned import tuned
 
+MOST_PIXELS = 256  # of a tile
 BLOCK = 64  # of packed integers: dfq_kernels.packing
 SHORTEST = 32  # elements of a tile along K: tl.dot takes no fewer of int8
 SMALLEST = 16  # elements of a tile along its other sides
@@ -82,7 +82,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Plan:
-    """The kernel, "descriptors" or "pointers", and its tile."""
+    """The kernel, "descriptors", "pointers" or "stem", and its tile."""
 
     kernel: str
     tile: Tile
@@ -111,6 +111,8 @@ def plan(layer: Layer, four_bits: bool, sm: int, aligned: bool) -> Plan:
     if sm == 90 and aligned and _fits_descriptors(layer, four_bits):
         found = tuned(_key(layer, four_bits), sm)
         return Plan("descriptors", Tile(**found) if found else _descriptor_tile(layer, four_bits))
+    if aligned and _is_stem(layer):
+        return Plan("stem", _stem_tile(layer))
     return Plan("pointers", _pointer_tile(layer, four_bits, sm))
 
 
@@ -131,6 +133,19 @@ def _fits_descriptors(layer: Layer, four_bits: bool) -> bool:
         return True
     pairs = layer.stride == (2, 2) and not any(n % 2 for n in layer.size)
     return pairs and layer.channels % (BLOCK if four_bits else SHORTEST) == 0
+
+
+def _is_stem(layer: Layer) -> bool:
+    """Few channels, rows of at most 8 taps that see neighbours; images within 32-bit offsets."""
+    rows, columns = layer.kernel
+    near = 4 * layer.size[0] * layer.size[1] * (MOST_PIXELS + 1) < WIDE
+    few = layer.groups == 1 and layer.channels <= 4 and layer.taps > 1
+    return few and near and rows <= 31 and columns <= 8 and layer.dilation[1] == 1
+
+
+def _stem_tile(layer: Layer) -> Tile:
+    pixels = min(128, max(SMALLEST, power_of_two(layer.pixels)))
+    return Tile(pixels, 64, 32, 4, 4, swap=True)
 
 
 def _descriptor_tile(layer: Layer, four_bits: bool) -> Tile:
@@ -155,7 +170,7 @@ def _shape(layer: Layer, four_bits: bool, depth: int) -> Tile:
         return _staged(256, 128, depth, 8, ALONE)
     if layer.outputs > 64 and programs(128, 128) >= MULTIPROCESSORS:
         return _staged(128, 128, depth, 8, SHARED)
-    pixels = 256
+    pixels = MOST_PIXELS
     while pixels > SMALLEST and programs(pixels, 64) < MULTIPROCESSORS:
         pixels //= 2
     return _staged(pixels, 64, depth, 4, SHARED)

@@ -1,9 +1,10 @@
-"""qconv2d in Triton."""
+"""qconv2d in Triton; a group for each channel of x has kernels of its own."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from dfq_kernels._triton.depthwise import depthwise
 from dfq_kernels._triton.integer_epilogue import empty_images
 from dfq_kernels._triton.integer_layer import run_layer
 from dfq_kernels._triton.integer_plan import Layer
@@ -31,6 +32,10 @@ def qconv2d(
     grid: list[int],
 ) -> Tensor:
     """See ``dfq_kernels.qconv2d.qconv2d_reference``."""
+    if groups == x.shape[1] > 1:
+        window = (kernel_size, stride, padding, dilation, groups)
+        rest = (multiplier, bias, residual, residual_multiplier, residual_zero, relu, grid)
+        return depthwise(x, weight, weight_zero, prepacked, x_zero, *window, *rest)
     batch, _, *size = x.shape
     window = (kernel_size, stride, padding, dilation)
     out_size = [_output_size(n, *sides) for n, *sides in zip(size, *window, strict=True)]
