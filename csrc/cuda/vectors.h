@@ -10,6 +10,19 @@ namespace dfq {
 template <class T>
 constexpr int kLanes = 16 / sizeof(T);
 
+// f(T*) with a null pointer of the storage type.
+template <class F>
+Failure with_storage(Storage storage, const F& f) {
+  switch (storage) {
+    case Storage::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case Storage::kHalf:
+      return f(static_cast<Half*>(nullptr));
+    default:
+      return f(static_cast<BFloat16*>(nullptr));
+  }
+}
+
 template <class T>
 DFQ_DEVICE void unpack(const uint4& vector, float (&values)[kLanes<T>]) {
   const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};

@@ -239,19 +239,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   walk_block<T, kEach>(op, source, blocks, blockIdx.x);
 }
 
-// f(T*) with a null pointer of the storage type.
-template <class F>
-Failure with_storage(Storage storage, const F& f) {
-  switch (storage) {
-    case Storage::kFloat:
-      return f(static_cast<float*>(nullptr));
-    case Storage::kHalf:
-      return f(static_cast<Half*>(nullptr));
-    default:
-      return f(static_cast<BFloat16*>(nullptr));
-  }
-}
-
 template <class Op>
 Failure launch_walk(const Op& op, const Layout& layout, void* stream) {
   const Blocks& blocks = layout.blocks;
