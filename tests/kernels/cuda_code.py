@@ -57,13 +57,31 @@ def resources() -> dict[tuple[str, str], dict[str, int]]:
 @functools.cache
 def instructions(gpu: str) -> dict[str, list[str]]:
     """{name: the kernel's instructions}; nothing if the library has no code for ``gpu``."""
-    found: dict[str, list[str]] = {}
+    return {symbol: [line for _, line in lines] for symbol, lines in _code(gpu).items()}
+
+
+def loop_around(gpu: str, symbol: str, opcode: str) -> list[str]:
+    """The instructions of the shortest loop of a kernel that has ``opcode``."""
+    lines = _code(gpu)[symbol]
+    loops = []
+    for end, line in lines:
+        back = re.match(r"BRA\b.*0x([0-9a-f]+)", line)
+        if back and int(back[1], 16) < end:
+            body = [text for address, text in lines if int(back[1], 16) <= address <= end]
+            loops += [body] if count(body, opcode) else []
+    return min(loops, key=len)
+
+
+@functools.cache
+def _code(gpu: str) -> dict[str, list[tuple[int, str]]]:
+    """{name: (address, instruction without its predicate)}."""
+    found: dict[str, list[tuple[int, str]]] = {}
     symbol = ""
     for line in _dump("--dump-sass", "-arch", gpu).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             symbol = match[1]
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
-            found.setdefault(symbol, []).append(match[1].strip())
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?(.*?);", line):
+            found.setdefault(symbol, []).append((int(match[1], 16), match[2].strip()))
     return found
 
 
