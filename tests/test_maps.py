@@ -8,7 +8,7 @@ from torch import nn
 
 from dfq.cli import main
 from dfq.methods import METHODS, Method
-from dfq.models import freeze
+from dfq.models import build, freeze
 from dfq.outputs import map_errors
 from dfq.pipeline import load_student, quantize
 from dfq.prepare import calibrate
@@ -73,6 +73,12 @@ def test_what_a_model_of_maps_cannot_have_is_one_sentence_and_exit_2(tmp_path, c
 def test_a_classifier_whose_classes_were_forgotten_is_told_their_number():
     with pytest.raises(InputError, match=r"logits of 4 classes; give --classes 4"):
         freeze(tiny.network(), DataSpec((1, 8, 8)))
+
+
+@pytest.mark.parametrize("name", ["cifar:resnet20", "torchvision:resnet18", "timm:resnet18"])
+def test_a_network_that_is_built_for_classes_asks_for_their_number(name):
+    with pytest.raises(InputError, match=rf"{name} is built for a number of classes"):
+        build(name, 0)
 
 
 class _Gives(nn.Module):

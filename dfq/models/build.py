@@ -26,7 +26,8 @@ def build(name: str, classes: int, *, pretrained: bool = False) -> nn.Module:
 
     Args:
         name: one of the forms of :data:`FORMS`.
-        classes: outputs of a network that is built without pretrained weights.
+        classes: outputs of a network that is built without pretrained weights; a function of the
+            caller's own needs none.
         pretrained: with the weights its library publishes (torchvision and timm; may download).
             A function of the caller's own returns the weights it wants either way.
 
@@ -36,6 +37,8 @@ def build(name: str, classes: int, *, pretrained: bool = False) -> nn.Module:
     source, separator, rest = name.rpartition(":")
     if not separator or not source or not rest:
         raise InputError(f"MODEL {name!r} is not understood; write one of: {FORMS}.")
+    if source in ("cifar", "torchvision", "timm") and not classes and not pretrained:
+        raise InputError(f"{name} is built for a number of classes; give --classes.")
     if source == "cifar":
         return _cifar(rest, classes, pretrained)
     if source == "torchvision":
