@@ -2,7 +2,7 @@
 
 result.json        accuracies, seconds, seed, versions, the whole configuration; written last
 metrics.jsonl      losses and measures every few steps
-images.npz         the synthetic images, ``images`` float32 [N, C, H, W] normalized, ``labels``
+images.npz         the synthetic images, see :mod:`dfq.pipeline.images`
 model.safetensors  the student's state_dict, and in its header what rebuilds the network
 """
 
@@ -11,23 +11,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from dfq.models import build
+from dfq.pipeline.images import PARTIAL, write_images, write_whole
 from dfq.prepare import prepare
 from dfq.types import DataSpec, Images, InputError
 
 FORMAT = 1  # of the header of model.safetensors
 RESULT, METRICS, IMAGES, MODEL = "result.json", "metrics.jsonl", "images.npz", "model.safetensors"
-PARTIAL = ".part"  # what a file is called until it is whole
 # two runs with equal values of these are the same run and give the same student
 GRID = ("data", "bits", "protocol", "edge_bits", "scales")
-IDENTITY = ("teacher_sha256", *GRID, "method", "config", "seed")
+IDENTITY = (
+    *("teacher_sha256", "teachers_sha256", "images_sha256"),
+    *GRID,
+    *("method", "config", "seed"),
+)
 REBUILDS = ("model", *GRID)  # what load_student() needs to know
 
 
@@ -79,7 +81,7 @@ def write_result(folder: Path, results: dict[str, Any]) -> None:
     if growing.exists():
         os.replace(growing, folder / METRICS)
     text = json.dumps(results, indent=2) + "\n"
-    _write(folder / RESULT, lambda file: file.write(text.encode()))
+    write_whole(folder / RESULT, lambda file: file.write(text.encode()))
 
 
 def write_student(
@@ -91,7 +93,6 @@ def write_student(
     """
     from safetensors.torch import save
 
-    pixels, labels = images.images.cpu().numpy(), images.labels.cpu().numpy()
     header = {"format": FORMAT, **{key: request[key] for key in REBUILDS}}
     # clones, since safetensors refuses tensors that share memory
     state = {
@@ -99,8 +100,8 @@ def write_student(
     }
     content = save(state, {"dfq": json.dumps(header)})
     (folder / RESULT).unlink(missing_ok=True)
-    _write(folder / IMAGES, lambda file: np.savez(file, images=pixels, labels=labels))
-    _write(folder / MODEL, lambda file: file.write(content))
+    write_images(folder / IMAGES, images, DataSpec(**request["data"]))
+    write_whole(folder / MODEL, lambda file: file.write(content))
 
 
 def growing_metrics(folder: Path) -> Path:
@@ -164,11 +165,3 @@ def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} has format {found['format']} and this dfq reads {FORMAT}; update dfq."
         )
     return found, state
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside ``path`` and rename: the file is there whole, or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        write(file)
-    os.replace(partial, path)

@@ -11,6 +11,8 @@ import torch
 
 from dfq.evaluate import check as check_evaluation
 from dfq.methods import METHODS
+from dfq.pipeline.images import check_images_file
+from dfq.pipeline.inputs import Teacher
 from dfq.pipeline.provenance import Source
 from dfq.prepare import parse_bits
 from dfq.types import DataSpec, InputError
@@ -33,6 +35,8 @@ class Request:
         seed: of every random choice.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
         threads: of the CPU; None leaves torch's number. Another number sums in another order.
+        teachers: further models that the images are made from, if the method can.
+        images: file of synthetic images to learn from instead of making any.
         out: run folder; None writes nothing.
         overwrite: replace the finished run of another request in ``out``.
         eval_file: real images to measure on once the student is finished.
@@ -49,6 +53,8 @@ class Request:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    teachers: tuple[Teacher, ...] = ()
+    images: Path | None = None
     out: Path | None = None
     overwrite: bool = False
     eval_file: Path | None = None
@@ -74,9 +80,27 @@ def resolve(request: Request, data: DataSpec) -> Request:
         raise InputError(f"seed must be 0 to 2**63 - 1, got {request.seed}.")
     if request.threads is not None and request.threads < 1:
         raise InputError(f"threads must be at least 1, got {request.threads}.")
+    _check_sources(request)
     if request.eval_file:
         check_evaluation(request.eval_file, data)
     return dataclasses.replace(request, config=config, device=resolve_device(request.device))
+
+
+def _check_sources(request: Request) -> None:
+    """Refuse teachers or images that the method has no use for."""
+    if request.images:
+        check_images_file(request.images)
+    if request.teachers and request.images:
+        raise InputError(
+            f"the images of {request.images} are made, so that further teachers have nothing to "
+            "do; give --images or --teachers."
+        )
+    if request.teachers and not METHODS[request.method].takes_teachers:
+        able = ", ".join(name for name, method in METHODS.items() if method.takes_teachers)
+        raise InputError(
+            f"{request.method} makes its images from one model alone, got "
+            f"{len(request.teachers)} more in --teachers; use --method {able}."
+        )
 
 
 def suggest_config(method: str, effort: str, *, maps: bool = False) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from dfq import deploy
 from dfq.deploy import PackedModel
 from dfq.evaluate import evaluate
 from dfq.methods import METHODS
-from dfq.models import freeze
 from dfq.outputs import map_errors
 from dfq.pipeline import folder as folders
+from dfq.pipeline.inputs import Inputs, Teacher, load_inputs
 from dfq.pipeline.provenance import commit, file_sha256, state_sha256, versions
 from dfq.pipeline.request import Request, resolve
 from dfq.prepare import calibrate, describe, prepare
@@ -85,6 +85,8 @@ def quantize(
     seed: int = 0,
     device: str = "auto",
     threads: int | None = None,
+    teachers: Sequence[nn.Module | Teacher] = (),
+    images: str | Path | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     eval_file: str | Path | None = None,
@@ -107,6 +109,10 @@ def quantize(
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one.
         threads: of the CPU; None leaves torch's number. Another number sums in another order, so
             the student is another one, of like accuracy.
+        teachers: further models of the same classes that the images are made from; ``lis`` alone
+            has use for them.
+        images: the ``images.npz`` of another run or a file of ``dfq synthesize`` to learn from,
+            instead of making images.
         out: run folder; None writes nothing.
         overwrite: replace the finished run of another call in ``out``.
         eval_file: ``.npz`` or image folder, measured on once the student is finished.
@@ -127,6 +133,8 @@ def quantize(
         seed=seed,
         device=device,
         threads=threads,
+        teachers=tuple(t if isinstance(t, Teacher) else Teacher(t) for t in teachers),
+        images=_path(images),
         out=_path(out),
         overwrite=overwrite,
         eval_file=_path(eval_file),
@@ -137,20 +145,20 @@ def quantize(
 def execute(model: nn.Module, data: DataSpec, request: Request, report: Report = silent) -> Run:
     """Do what ``request`` says; see :func:`quantize`."""
     request = resolve(request, data)
-    teacher = freeze(model, data)
-    with _reproducible(request.threads):
-        results = _facts(teacher, data, request)
+    inputs = load_inputs(model, data, request)
+    with reproducible(request.threads):
+        results = _facts(inputs, data, request)
         if request.out:
             folders.check(request.out, results, request.overwrite)
-        run, clock = _learn(teacher.to(request.device), data, request, results, report)
+        run, clock = _learn(inputs.to(request.device), data, request, results, report)
         if request.out:
             folders.write_student(request.out, run.student, run.images, results)
         if request.eval_file:
             with clock.stage("evaluate"):
-                _measure(run, teacher, data, request)
+                _measure(run, inputs.model, data, request)
         elif not data.classes:
             with clock.stage("evaluate"):
-                _compare_maps(run, teacher, data, request)
+                _compare_maps(run, inputs.model, data, request)
     results["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     if request.out:
         folders.write_result(request.out, results)
@@ -158,12 +166,12 @@ def execute(model: nn.Module, data: DataSpec, request: Request, report: Report =
 
 
 def _learn(
-    teacher: nn.Module, data: DataSpec, request: Request, results: dict[str, Any], report: Report
+    inputs: Inputs, data: DataSpec, request: Request, results: dict[str, Any], report: Report
 ) -> tuple[Run, _Clock]:
     """Prepare a student and let the method train it; adds to ``results``."""
     clock = _Clock()
     with clock.stage("prepare"):
-        student = _prepare(teacher, data, request)
+        student = _prepare(inputs.model, data, request)
     metrics = None
     if request.out:  # nothing was written before this line
         request.out.mkdir(parents=True, exist_ok=True)
@@ -171,9 +179,8 @@ def _learn(
     rng = torch.Generator().manual_seed(request.seed)  # on the CPU: one seed for every device
     run_method = METHODS[request.method].run
     with clock.stage("method"), Recorder(report, metrics) as recorder:
-        student, images = run_method(
-            teacher, student, data, request.config, rng=rng, report=recorder
-        )
+        options = {"rng": rng, "report": recorder, **inputs.options()}
+        student, images = run_method(inputs.model, student, data, request.config, **options)
     results["layers"] = [row._asdict() for row in describe(student)]
     results["images"] = len(images.images)
     results["warnings"] = recorder.warnings
@@ -181,15 +188,19 @@ def _learn(
     return Run(student, images, results), clock
 
 
-def _facts(teacher: nn.Module, data: DataSpec, request: Request) -> dict[str, Any]:
+def _facts(inputs: Inputs, data: DataSpec, request: Request) -> dict[str, Any]:
     """What is known of a run before it starts."""
-    weights = request.source.weights
+    weights, images = request.source.weights, request.images
     return {
         **dict.fromkeys(MEASURED),
         "model": request.source.model,
         "weights": str(weights) if weights else None,
         "weights_sha256": file_sha256(weights) if weights else None,
-        "teacher_sha256": state_sha256(teacher),
+        "teacher_sha256": state_sha256(inputs.model),
+        "teachers": [teacher.about() for teacher in request.teachers] or None,
+        "teachers_sha256": [state_sha256(teacher) for teacher in inputs.teachers] or None,
+        "images_file": str(images) if images else None,
+        "images_sha256": file_sha256(images) if images else None,
         "data": dataclasses.asdict(data),
         "bits": request.bits,
         "protocol": request.protocol,
@@ -271,7 +282,7 @@ class _Clock:
 
 
 @contextmanager
-def _reproducible(threads: int | None) -> Iterator[None]:
+def reproducible(threads: int | None) -> Iterator[None]:
     """Fix what decides the order of sums: the threads, and cuDNN's choice of algorithm."""
     cudnn, threads_before = torch.backends.cudnn, torch.get_num_threads()
     before = cudnn.deterministic, cudnn.benchmark
