@@ -57,7 +57,7 @@ class _Compiler:
         self.codes: dict[tuple[fx.Node, Grid], str] = {}
         self.grids: dict[fx.Node, Grid] = {}  # where the student's values lie on one grid
 
-    def compile(self) -> str:
+    def compile(self) -> Any:
         """Make all steps and return the name of the output."""
         for node in self.graph.nodes:
             if node.op == "output":
@@ -237,9 +237,15 @@ class _Compiler:
         self.steps.append(Step(op, inputs, output, numbers, names))
         return output
 
-    def _output(self, result: Any) -> str:
-        if not isinstance(result, fx.Node):
-            raise InputError(
-                f"the model returns {type(result).__name__}; a stored model returns one tensor."
-            )
-        return self._float(result)
+    def _output(self, result: Any) -> Any:
+        """Its name; of a tuple, list or dict those of its parts."""
+        if isinstance(result, fx.Node):
+            return self._float(result)
+        if isinstance(result, tuple | list):
+            return [self._output(part) for part in result]
+        if isinstance(result, dict) and all(isinstance(key, str) for key in result):
+            return {key: self._output(part) for key, part in result.items()}
+        raise InputError(
+            f"the model returns {type(result).__name__}; a stored model returns tensors, alone or "
+            "in tuples, lists and dicts with names."
+        )

@@ -136,6 +136,23 @@ def _pool(kind: str) -> Callable[..., None]:
     return convert
 
 
+def _interpolate(graph: Any, args: list[Any], kwargs: dict[str, Any], output: str) -> None:
+    names = ("size", "scale_factor", "mode")
+    values = kwargs | dict(zip(names, args[1:], strict=False))
+    factor = values.get("scale_factor")
+    if factor is None or values.get("mode", "nearest") != "nearest":
+        raise InputError("ONNX gets interpolation from this dfq only if nearest, by a factor.")
+    factors = factor if isinstance(factor, list) else [factor, factor]
+    graph.node(
+        "Resize",
+        [args[0], "", graph.constant([1.0, 1.0, *factors])],
+        output,
+        coordinate_transformation_mode="asymmetric",
+        mode="nearest",
+        nearest_mode="floor",
+    )
+
+
 def _adaptive(graph: Any, args: list[Any], kwargs: dict[str, Any], output: str) -> None:
     if args[1] not in (1, [1, 1]):
         raise InputError("adaptive pooling to more than one value has no ONNX operator.")
@@ -162,6 +179,7 @@ _CONVERTERS: dict[str, Callable[..., None]] = {
     "flatten": _flatten,
     "getitem": _getitem,
     "hardtanh": _clip(-1.0, 1.0),
+    "interpolate": _interpolate,
     "leaky_relu": lambda g, a, k, o: g.node(
         "LeakyRelu", a[:1], o, alpha=a[1] if len(a) > 1 else k.get("negative_slope", 0.01)
     ),

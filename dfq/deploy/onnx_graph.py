@@ -22,7 +22,8 @@ from torch import Tensor
 from dfq.deploy import onnx_calls
 from dfq.deploy.onnx_calls import container
 from dfq.deploy.packed import PackedModel
-from dfq.deploy.program import INPUT, Grid, Step
+from dfq.deploy.program import INPUT, Grid, Step, output_names
+from dfq.outputs import tensors
 from dfq.types import InputError
 from dfq_kernels.integer import integers
 
@@ -31,6 +32,8 @@ OPSET = 21  # the first with INT4
 
 def export_onnx(model: PackedModel, path: str | Path, *, int4: bool = False) -> None:
     """Write ``model`` to an ``.onnx`` file; batch, height and width stay open.
+
+    Several maps become several outputs, in the order of the model's own containers.
 
     Args:
         model: from ``freeze``.
@@ -49,13 +52,13 @@ def export_onnx(model: PackedModel, path: str | Path, *, int4: bool = False) -> 
     graph = Graph(model, int4)
     for step in model.program.steps:
         graph.convert(step)
-    output = graph.as_float(model.program.output)
-    rank = model(torch.zeros(1, *model.program.image)).ndim
+    outputs = [graph.as_float(name) for name in output_names(model.program.output)]
+    given = tensors(model(torch.zeros(1, *model.program.image)))
     made = onnx.helper.make_graph(
         graph.nodes,
         "dfq",
         [_open(onnx, INPUT, 4)],
-        [_open(onnx, output, rank)],
+        [_open(onnx, name, value.ndim) for name, value in zip(outputs, given, strict=True)],
         graph.initializers,
     )
     opset = [onnx.helper.make_opsetid("", OPSET)]

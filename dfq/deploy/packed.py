@@ -49,8 +49,8 @@ class PackedModel(nn.Module):
         return {name: self.get_buffer(buffer) for name, buffer in self._names.items()}
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """Run the program."""
+    def forward(self, images: Tensor) -> Any:
+        """Run the program; what a student gives in a list comes in a tuple."""
         if self._runs is None:  # weights are laid out for this device once
             self._runs = self.bind()
         return self.execute(images, self._runs)
@@ -78,7 +78,7 @@ class PackedModel(nn.Module):
             values[step.output] = run(*[values[name] for name in step.inputs])
             for name in self._last_uses.get(index, ()):
                 del values[name]
-        return values[self.program.output]
+        return _gathered(self.program.output, values)
 
     def save(self, path: str | Path) -> None:
         """Write a ``.safetensors`` file that ``dfq.load`` reads without the student's class."""
@@ -96,6 +96,14 @@ class PackedModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_runs": None}  # a copy lays its weights out itself
+
+
+def _gathered(output: Any, values: dict[str, Any]) -> Any:
+    if isinstance(output, str):
+        return values[output]
+    if isinstance(output, dict):
+        return {key: _gathered(part, values) for key, part in output.items()}
+    return tuple(_gathered(part, values) for part in output)
 
 
 def load(path: str | Path) -> PackedModel:

@@ -102,12 +102,12 @@ class Program:
 
     Attributes:
         steps: what is done.
-        output: name of the value that the network gives.
+        output: name of the value that the network gives, or a list or dict of such.
         image: (channels, height, width) that it was made for; it may take others.
     """
 
     steps: tuple[Step, ...]
-    output: str
+    output: Any
     image: tuple[int, int, int]
 
     def __post_init__(self) -> None:
@@ -117,15 +117,17 @@ class Program:
             if unknown:
                 raise InputError(f"step {step.output!r} reads {unknown[0]!r} before it is written.")
             known.add(step.output)
-        if self.output not in known:
-            raise InputError(f"no step writes the output {self.output!r}.")
+        for name in output_names(self.output):
+            if name not in known:
+                raise InputError(f"no step writes the output {name!r}.")
 
     def last_uses(self) -> dict[int, list[str]]:
         """After which step nobody reads a value any more."""
         last = {name: i for i, step in enumerate(self.steps) for name in step.inputs}
         uses: dict[int, list[str]] = {}
+        kept = output_names(self.output)
         for name, index in last.items():
-            if name != self.output:
+            if name not in kept:
                 uses.setdefault(index, []).append(name)
         return uses
 
@@ -156,8 +158,22 @@ class Program:
                 for step in found["steps"]
             )
             channels, height, width = map(int, found["image"])
-            return cls(steps, str(found["output"]), (channels, height, width))
+            return cls(steps, found["output"], (channels, height, width))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"the program of the model is damaged ({error!r}).") from error
+
+
+def output_names(output: Any) -> list[str]:
+    """The names in the output of a program, in its order.
+
+    Raises:
+        InputError: it is not made of names, lists and dicts.
+    """
+    if isinstance(output, str):
+        return [output]
+    if not isinstance(output, list | dict):
+        raise InputError(f"the program of the model is damaged (its output is {output!r}).")
+    parts = output.values() if isinstance(output, dict) else output
+    return [name for part in parts for name in output_names(part)]

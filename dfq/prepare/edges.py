@@ -29,7 +29,8 @@ def output_layers(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -
     """The layers from which some output is reached without another layer between, in their order.
 
     A detector has one for each of its heads. Found without tracing: each layer's output is cut off
-    from what is before it, and those that the outputs still depend on are the ones.
+    from what is before it, and those that the outputs still depend on are the ones. None, where
+    an output is no tensor or has no gradient.
     """
     cuts: list[tuple[str, Tensor]] = []
 
@@ -40,7 +41,10 @@ def output_layers(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -
 
     with torch.enable_grad():
         output = _run_with_hooks(model, layers, shape, cut)
-        ends = [end.sum() for end in tensors(output) if end.requires_grad]
+        try:
+            ends = [end.sum() for end in tensors(output) if end.requires_grad]
+        except TypeError:
+            return []
         if not ends:
             return []
         leaves = [leaf for _, leaf in cuts]
