@@ -24,7 +24,7 @@ from torch import Tensor
 from bench import record, roof
 from bench.row import Row
 from bench.settings import DEVICE, TINY
-from bench.timing import Run, Subject, Timing, on_cpu, on_gpu
+from dfq.deploy.measure import Run, Subject, Timing, on_cpu, on_gpu
 from dfq_kernels import _backend
 
 TURNS = {"turns": 1, "runs": 1} if TINY else {}

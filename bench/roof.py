@@ -15,7 +15,7 @@ import torch
 
 from bench import record
 from bench.settings import DEVICE, TINY
-from bench.timing import Run, Subject, Timing, on_cpu, on_gpu
+from dfq.deploy.measure import Run, Subject, Timing, on_cpu, on_gpu
 
 COPIED = 2**12 if TINY else 2**30  # bytes: many times the L2 cache of any GPU
 SIDE = 64 if TINY else 8192

@@ -54,7 +54,10 @@ def quantize(
         raise ValueError(
             "quantize has no gradient but x requires one; use fake_quantize, or torch.no_grad()."
         )
-    return _quantize(x, scale, zero_point, quant_min, quant_max, offset)
+    args = (x, scale, zero_point, quant_min, quant_max, offset)
+    # the dispatcher's way through Python takes longer, and its first call imports torch._dynamo
+    direct = type(x) is Tensor and not torch.compiler.is_compiling()
+    return _run(*args) if direct else _quantize(*args)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, offset: int = 0) -> Tensor:

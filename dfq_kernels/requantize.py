@@ -43,7 +43,10 @@ def requantize(codes: Tensor, ratio: tuple[float, float], zero: int, grid: Int8G
     check_grid(grid)
     if grid.packed:
         raise ValueError("requantize writes int8 only; pack them with pack_channels.")
-    return _requantize(codes, *ratio, zero, grid.zero, grid.low, grid.high)
+    args = (codes, *ratio, zero, grid.zero, grid.low, grid.high)
+    # the dispatcher's way through Python takes longer, and its first call imports torch._dynamo
+    direct = type(codes) is Tensor and not torch.compiler.is_compiling()
+    return _run(*args) if direct else _requantize(*args)
 
 
 def requantize_reference(

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
-from dfq.cli.flags import QuantizeFlags, data_spec, parse_evaluate, parse_quantize
+from dfq.cli.flags import EvaluateFlags, QuantizeFlags, data_spec, parse, parse_quantize
+from dfq.deploy import freeze, freeze_layers
 from dfq.evaluate import check as check_evaluation
 from dfq.evaluate import evaluate
 from dfq.models import load
 from dfq.pipeline import Request, Source, execute, load_student, resolve, resolve_device
 from dfq.report.display import accuracy_table, map_table, progress
-from dfq.types import InputError
+from dfq.types import DataSpec, InputError
 
 
 def quantize_command(argv: Sequence[str]) -> int:
@@ -52,13 +54,16 @@ def quantize_command(argv: Sequence[str]) -> int:
 
 def evaluate_command(argv: Sequence[str]) -> int:
     """Measure a run's student or a float model."""
-    flags = parse_evaluate(argv)
+    flags = parse(EvaluateFlags, "evaluate", argv)
     device = resolve_device(flags.device)
     folder = Path(flags.target)
     if folder.is_dir():
         model, data = load_student(folder)
         check_evaluation(flags.eval, data)
+        model = _packed(model, data) if flags.packed else model
     else:
+        if flags.packed:
+            raise InputError(f"--packed is of a run, and {flags.target} is no folder of one.")
         if not flags.shape or not flags.classes:
             raise InputError(
                 f"{flags.target} is no folder of a run, and a MODEL needs --shape and --classes; "
@@ -73,6 +78,14 @@ def evaluate_command(argv: Sequence[str]) -> int:
         f"(95 % interval {accuracy.low:.1f} .. {accuracy.high:.1f})"
     )
     return 0
+
+
+def _packed(student: nn.Module, data: DataSpec) -> nn.Module:
+    """As the run did it: layer by layer where the graph cannot be told."""
+    try:
+        return freeze(student, data.shape)
+    except InputError:
+        return freeze_layers(student)
 
 
 def _farewell(flags: QuantizeFlags, seconds: dict[str, float]) -> str:

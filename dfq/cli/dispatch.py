@@ -20,6 +20,8 @@ Quantize a trained CNN to 2-8 bits without its data.
 commands:
   quantize MODEL    make a low-bit student of a float model
   evaluate DIR      measure a student or a float model on real images
+  export DIR        write the integer model as ONNX, .pt2 or for dfq.load
+  bench DIR         measure its speed against the float network
   demo              see it work on a small network, in two minutes
   info              what is installed, what is missing, which kernels run here
 
@@ -30,6 +32,8 @@ dfq COMMAND --help tells what each takes. For example:
 COMMANDS = {  # command: (where it is, packages it needs)
     "quantize": ("dfq.cli.commands:quantize_command", ("torch", "rich", "safetensors", "tyro")),
     "evaluate": ("dfq.cli.commands:evaluate_command", ("torch", "rich", "safetensors", "tyro")),
+    "export": ("dfq.cli.export:export_command", ("torch", "safetensors", "tyro")),
+    "bench": ("dfq.cli.bench:bench_command", ("torch", "rich", "safetensors", "tyro")),
     "demo": ("dfq.demo:demo_command", ("torch", "rich", "sklearn")),
     "info": ("dfq.cli.info:info_command", ()),
 }

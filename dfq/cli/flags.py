@@ -1,4 +1,4 @@
-"""Command-line flags of ``dfq quantize`` and ``dfq evaluate``, made from dataclasses by tyro."""
+"""Command-line flags, made from dataclasses by tyro."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional, arg
@@ -17,6 +17,7 @@ from dfq.pipeline import suggest_config
 from dfq.types import DataSpec, InputError
 
 REGISTRY = ConstructorRegistry()
+T = TypeVar("T")
 
 
 def _word(metavar: str, default: str | None = None) -> Any:
@@ -100,6 +101,58 @@ class EvaluateFlags:
     """of a MODEL: per-channel standard deviation that they were divided by"""
     device: Name = "auto"
     """auto, cpu, cuda or cuda:1"""
+    packed: bool = False
+    """of a run: measure the integer model, as it is frozen, and not the student"""
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Write the integer model of a run for other programs, or for dfq.load."""
+
+    target: Positional[Annotated[str, _word("DIR|FILE")]]
+    """folder that dfq quantize wrote, or a .safetensors file that PackedModel.save wrote"""
+    out: Annotated[Path, _word("FILE")]
+    """.onnx, .pt2 or .safetensors"""
+    format: Annotated[
+        Literal["onnx", "pt2", "safetensors"] | None, _word("NAME", "as FILE ends")
+    ] = None
+    """onnx: QuantizeLinear and DequantizeLinear; pt2: torch.export; safetensors: dfq.load"""
+    int4: bool = False
+    """of onnx: store weights of at most 4 bits as INT4, which few runtimes are fast with"""
+
+
+@dataclass(frozen=True)
+class BenchFlags:
+    """Measure the speed of integer models against the float networks they were made of.
+
+    Each TARGET is a run's folder, a .safetensors file that PackedModel.save wrote (then nothing in
+    float is beside it), or a MODEL as dfq quantize takes it, which is not trained for this.
+    """
+
+    target: Positional[Annotated[list[str], _word("DIR|FILE|MODEL", "cifar:resnet20")]] = (
+        dataclasses.field(default_factory=list)
+    )
+    """what to measure"""
+    batch: Annotated[tuple[int, ...], _word("N,N")] = (1, 8)
+    """images at a time"""
+    threads: Annotated[int | None, _word("N", "torch's")] = None
+    """of the CPU"""
+    shape: Annotated[str, _word("C,H,W", "the run's or the file's; of cifar: 3,32,32")] = ""
+    """channels, height and width of the images"""
+    classes: int = 1000
+    """of a MODEL: number of classes"""
+    bits: Annotated[str, _word("w4a4")] = "w8a8"
+    """of a MODEL: bits of weights and of activations"""
+    device: Name = "auto"
+    """auto, cpu, cuda or cuda:1"""
+    compile: bool = True
+    """measure torch.compile too, which takes a minute"""
+    layers: bool = False
+    """tell the times of all layers as well"""
+    turns: int = 7
+    """how often each is measured; what is told is the median"""
+    json: bool = False
+    """print JSON and no table"""
 
 
 def parse_quantize(argv: Sequence[str]) -> tuple[QuantizeFlags, Any]:
@@ -128,14 +181,14 @@ def parse_quantize(argv: Sequence[str]) -> tuple[QuantizeFlags, Any]:
     return parsed.run, type(config)(**{name: getattr(values, name) for name in names})
 
 
-def parse_evaluate(argv: Sequence[str]) -> EvaluateFlags:
-    """Flags of ``dfq evaluate``.
+def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
+    """Flags of a command that are those of a dataclass.
 
     Raises:
         SystemExit: an unknown flag (2), or --help (0); tyro has printed what to say.
     """
-    parsed = _parse(EvaluateFlags, "evaluate", EvaluateFlags, argv)
-    assert isinstance(parsed, EvaluateFlags)
+    parsed = _parse(kind, command, kind, argv)
+    assert isinstance(parsed, kind)
     return parsed
 
 
@@ -145,13 +198,20 @@ def data_spec(flags: QuantizeFlags | EvaluateFlags) -> DataSpec:
     Raises:
         InputError: they are no numbers, or do not fit together.
     """
-    shape = tuple(int(n) for n in _numbers("--shape", flags.shape, int))
-    if len(shape) != 3:
-        raise InputError(
-            f"--shape is channels,height,width, got {flags.shape!r}; write e.g. 3,32,32."
-        )
     mean, std = _numbers("--mean", flags.mean, float), _numbers("--std", flags.std, float)
-    return DataSpec((shape[0], shape[1], shape[2]), flags.classes, mean, std)
+    return DataSpec(image_shape(flags.shape), flags.classes, mean, std)
+
+
+def image_shape(text: str) -> tuple[int, int, int]:
+    """Of ``--shape``.
+
+    Raises:
+        InputError: it is not three numbers.
+    """
+    shape = tuple(int(n) for n in _numbers("--shape", text, int))
+    if len(shape) != 3:
+        raise InputError(f"--shape is channels,height,width, got {text!r}; write e.g. 3,32,32.")
+    return shape[0], shape[1], shape[2]
 
 
 @REGISTRY.primitive_rule

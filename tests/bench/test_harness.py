@@ -8,10 +8,11 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from bench import conftest, harness, record, roof, timing
+from bench import conftest, harness, record, roof
 from bench.harness import Baseline, Case
 from bench.row import Row
-from bench.timing import Timing
+from dfq.deploy import measure as timing
+from dfq.deploy.measure import Timing
 from dfq_kernels import _backend
 
 

@@ -1,10 +1,12 @@
-"""Times of one run: median, 20th and 80th percentile."""
+"""Times of one run, and the memory it needs: what ``dfq bench`` and the benches measure with."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -83,3 +85,39 @@ def on_gpu(subject: Subject) -> Timing:
         raise RuntimeError("timing on a GPU takes triton; install triton.") from error
     milliseconds = subject.times(lambda run: do_bench(run, quantiles=list(QUANTILES)))
     return Timing(*(value / 1e3 for value in milliseconds))
+
+
+def captured(run: Run) -> Run:
+    """``run`` on the GPU as a CUDA graph: one launch for all of its kernels."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # whatever happens in a first run must not be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that lies in the machine's; None where Linux does not tell."""
+    return _status("VmRSS")
+
+
+def peak_bytes(run: Run) -> int | None:
+    """The most that ``resident_bytes`` was during ``run``; None where Linux does not tell."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, from what is now
+        run()
+        return _status("VmHWM")
+    return None
+
+
+def _status(field: str) -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
