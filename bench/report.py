@@ -6,6 +6,7 @@ The records of a folder are made by
 
     DFQ_BENCH_RECORD=bench/results/cpu/<op>.jsonl pytest bench/bench_<op>.py
     python -m bench.gpu_day --out bench/results/h200
+    python -m bench.bench_methods MODEL … --record bench/results/methods/<model>.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import record, tables
+from bench import method_tables, record, tables
 from bench.settings import ROOT
 
 NOTHING = "Not measured yet."
@@ -48,6 +49,10 @@ def section(folder: Path) -> str:
     records = [r for r in record.read(folder) if r["kind"] == "bench"]
     if any(r["tiny"] for r in records):
         raise ValueError(f"{folder} holds figures of tiny shapes, which mean nothing; remove them.")
+    accuracies = [r for r in record.read(folder) if r["kind"] == "method"]
+    if accuracies:
+        table = method_tables.accuracy_table(accuracies)
+        return "\n".join(["", *table, "", *method_tables.circumstances(accuracies), "", ""])
     items = tables.measured(records)
     if not items:
         return f"{NOTHING}\n"

@@ -1,0 +1,166 @@
+"""``python -m bench.bench_methods MODEL --weights FILE --eval FILE … --record FILE``: accuracies.
+
+Every combination of the given methods, bits, protocols, efforts and seeds, one after the other,
+each in a process of its own, each appended to the record as soon as it is known; those that the
+record holds already are not run again. What is measured is the student after its last step. The
+method ``noise`` is the recipe on Gaussian images: what the learner alone can do.
+
+    python -m bench.bench_methods cifar:resnet20 --weights resnet20.th --shape 3,32,32 \\
+        --classes 10 --mean .485,.456,.406 --std .229,.224,.225 --eval cifar10.npz \\
+        --bits w4a4,w3a3 --methods recipe,genie --seeds 0,1,2 \\
+        --record bench/results/methods/resnet20.jsonl
+
+``python -m bench.report`` makes the tables of README.md from the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import record
+from dfq.cli.memory import keep_freed_memory
+from dfq.models import load
+from dfq.pipeline import Request, Source, execute
+from dfq.pipeline.images import write_images
+from dfq.types import DataSpec, Images
+
+KEYS = ("model", "method", "bits", "protocol", "edge_bits", "effort", "seed")
+NOISE_IMAGES = 1024  # as many as the recipe distills
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing; 1 if a run failed."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    flags = _flags(words)
+    if flags.one:
+        print(json.dumps(_one(flags, json.loads(flags.one))))
+        return 0
+    flags.record.parent.mkdir(parents=True, exist_ok=True)
+    known = list(record.read(flags.record.parent)) if flags.record.exists() else []
+    done = {tuple(line[key] for key in KEYS) for line in known}
+    failed = 0
+    for case in _cases(flags):
+        if tuple(case[key] for key in KEYS) in done:
+            continue
+        command = [sys.executable, "-m", "bench.bench_methods", *words, "--one", json.dumps(case)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            failed += 1
+            print(f"{case}: {ended.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        line = json.loads(ended.stdout.splitlines()[-1])
+        record.append(flags.record, line | record.circumstances())
+        print(_sentence(line), flush=True)
+    return 1 if failed else 0
+
+
+def _flags(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_methods", description=__doc__)
+    parser.add_argument("model", help="as dfq quantize takes it")
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--shape", type=_numbers(int), required=True)
+    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--mean", type=_numbers(float), default=())
+    parser.add_argument("--std", type=_numbers(float), default=())
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--methods", type=_numbers(str), default=("recipe",))
+    parser.add_argument("--bits", type=_numbers(str), default=("w4a4",))
+    parser.add_argument("--protocols", type=_numbers(str), default=("brecq",))
+    parser.add_argument("--efforts", type=_numbers(str), default=("default",))
+    parser.add_argument("--edge-bits", type=int)
+    parser.add_argument("--seeds", type=_numbers(int), default=(0, 1, 2))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--record", type=Path, required=True, help="JSON lines; appended to")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def _numbers(kind: type) -> Any:
+    return lambda text: tuple(kind(word) for word in text.split(","))
+
+
+def _cases(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """In the order of seeds, so that the first rows of a table are there early."""
+    lists = (flags.seeds, flags.protocols, flags.efforts, flags.bits, flags.methods)
+    return [
+        {
+            "model": flags.model,
+            "method": method,
+            "bits": bits,
+            "protocol": protocol,
+            "edge_bits": flags.edge_bits,
+            "effort": effort,
+            "seed": seed,
+        }
+        for seed, protocol, effort, bits, method in itertools.product(*lists)
+    ]
+
+
+def _one(flags: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
+    """One run, in this process."""
+    keep_freed_memory()
+    data = DataSpec(flags.shape, flags.classes, flags.mean, flags.std)
+    if case["method"] != "noise":
+        return _measure(flags, case, data, None)
+    with tempfile.TemporaryDirectory() as folder:
+        rng = torch.Generator().manual_seed(case["seed"])
+        noise = torch.randn(NOISE_IMAGES, *data.shape, generator=rng)
+        path = Path(folder) / "noise.npz"
+        write_images(path, Images(noise, torch.zeros(NOISE_IMAGES, dtype=torch.int64)), data)
+        return _measure(flags, case, data, path)
+
+
+def _measure(
+    flags: argparse.Namespace, case: dict[str, Any], data: DataSpec, noise: Path | None
+) -> dict[str, Any]:
+    wanted = {key: case[key] for key in KEYS if key not in ("model", "method")}
+    request = Request(
+        **wanted,
+        method="recipe" if noise else case["method"],
+        images=noise,
+        device="cpu",
+        threads=flags.threads,
+        eval_file=flags.eval,
+        source=Source(flags.model, flags.weights),
+    )
+    teacher = load(flags.model, data, flags.weights)
+    cpu = time.process_time()
+    results = execute(teacher, data, request).results
+    cpu = time.process_time() - cpu - results["seconds"]["evaluate"]
+    measured = ("float_top1", "nearest_top1", "student_top1", "packed_top1", "agreement", "images")
+    return {
+        "kind": "method",
+        **case,
+        **{key: results[key] for key in measured},
+        "eval_images": results["evaluation"]["images"],
+        "seconds": results["seconds"]["prepare"] + results["seconds"]["method"],
+        "cpu_seconds": round(cpu, 1),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "threads": flags.threads,
+        "config": results["config"],
+    }
+
+
+def _sentence(line: dict[str, Any]) -> str:
+    drop = line["float_top1"] - line["student_top1"]
+    return (
+        f"{line['method']:8s} {line['bits']} {line['protocol']} {line['effort']} "
+        f"seed {line['seed']}: {line['student_top1']:.1f} (packed {line['packed_top1']:.1f}, "
+        f"nearest {line['nearest_top1']:.1f}, float less {drop:.1f}), {line['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

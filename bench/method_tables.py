@@ -1,0 +1,83 @@
+"""The table of accuracies: mean and standard deviation over seeds, always of the last step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bench.published import PUBLISHED
+
+Record = dict[str, Any]
+HEAD = (
+    *("model", "protocol", "bits", "method", "effort", "float", "nearest"),
+    *("drop", "packed", "seeds", "CPU min", "GB", "published drops"),
+)
+TEXTS = 5  # columns before the numbers
+
+
+def accuracy_table(records: Iterable[Record]) -> list[str]:
+    """Markdown, one row for the seeds of one setting, in the order of the records."""
+    settings: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        settings.setdefault(_setting(record), []).append(record)
+    rule = ["---" if i < TEXTS else "---:" for i in range(len(HEAD) - 1)] + ["---"]
+    rows = [_row(setting, runs) for setting, runs in sorted(settings.items(), key=_order)]
+    return [f"| {' | '.join(cells)} |" for cells in (HEAD, rule, *rows)]
+
+
+def circumstances(records: Iterable[Record]) -> list[str]:
+    """One sentence for each machine, version and commit among the records."""
+    return list(dict.fromkeys(_circumstance(record) for record in records))
+
+
+def _circumstance(record: Record) -> str:
+    changed = " with changes" if record["dirty"] else ""
+    parts = [f"{record['eval_images']} real images, for measuring only", record["processor"]]
+    parts += [f"threads: {record['threads']}", f"torch {record['torch']}"]
+    parts += [f"commit {record['commit']}{changed}", record["date"]]
+    return "; ".join(parts) + "."
+
+
+def _setting(record: Record) -> tuple[Any, ...]:
+    protocol = record["protocol"]
+    if record["edge_bits"]:
+        protocol = f"{protocol}, edges {record['edge_bits']} bits"
+    names = ("model", "bits", "effort", "method")
+    model, bits, effort, method = (record[name] for name in names)
+    return model, protocol, bits, effort, method
+
+
+def _order(item: tuple[tuple[Any, ...], Sequence[Record]]) -> tuple[Any, ...]:
+    """By model, protocol and bits, from many to few; within, the smallest drop first."""
+    (model, protocol, bits, *_), runs = item
+    return model, protocol, [-int(n) for n in bits[1:].split("a")], statistics.mean(_drops(runs))
+
+
+def _row(setting: tuple[Any, ...], runs: Sequence[Record]) -> list[str]:
+    model, protocol, bits, effort, method = setting
+    published = PUBLISHED.get((model, protocol, bits), ())
+    return [
+        *(model, protocol, bits, f"`{method}`", effort),
+        f"{runs[0]['float_top1']:.1f}",
+        f"{_mean(runs, 'nearest_top1'):.1f}",
+        _spread(_drops(runs)),
+        f"{_mean(runs, 'packed_top1'):.1f}",
+        str(len(runs)),
+        f"{_mean(runs, 'cpu_seconds') / 60:.1f}",
+        f"{max(run['peak_mb'] for run in runs) / 1024:.1f}",
+        ", ".join(f"{drop} {name}" for drop, name in published),
+    ]
+
+
+def _drops(runs: Sequence[Record]) -> list[float]:
+    return [run["float_top1"] - run["student_top1"] for run in runs]
+
+
+def _mean(runs: Sequence[Record], name: str) -> float:
+    return statistics.mean(run[name] for run in runs)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
