@@ -10,6 +10,15 @@ namespace dfq {
 
 constexpr int kFour = 4;  // channels of a lane
 
+DFQ_DEVICE uint32_t load_word(const uint8_t* from) {
+  DFQ_ASSERT_ALIGNED(from, 4);
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+DFQ_DEVICE void store_word(uint8_t* to, uint32_t word) {
+  DFQ_ASSERT_ALIGNED(to, 4);
+  *reinterpret_cast<uint32_t*>(to) = word;
+}
+
 // What is subtracted from sums because integers other than 0 stand for real zero.
 struct Corrections {
   const int32_t* of_rows;     // the sum of x - x_zero: times the zero of the weights
@@ -77,7 +86,7 @@ class FourChannels {
   }
   DFQ_DEVICE uint32_t load_bytes(const uint8_t* from) const {
     if (out_.fours) {
-      return count_ ? *reinterpret_cast<const uint32_t*>(from) : 0;
+      return count_ ? load_word(from) : 0;
     }
     uint32_t word = 0;
 #pragma unroll
@@ -110,8 +119,7 @@ class FourChannels {
     // 32 channels are those of eight lanes
     const uint32_t other = __shfl_xor_sync(~0u, word, 8);
     if (there && count_ && !packed_in_upper(first_)) {
-      *reinterpret_cast<uint32_t*>(y + packed_at(row)) =
-          (word & 0x0f0f0f0fu) | upper_nibbles_times_16(other << 4);
+      store_word(y + packed_at(row), (word & 0x0f0f0f0fu) | upper_nibbles_times_16(other << 4));
     }
   }
 
@@ -132,7 +140,7 @@ class FourChannels {
   DFQ_DEVICE void store_bytes(uint8_t* to, uint32_t word) const {
     if (out_.fours) {
       if (count_) {
-        *reinterpret_cast<uint32_t*>(to) = word;
+        store_word(to, word);
       }
       return;
     }

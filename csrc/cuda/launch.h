@@ -11,7 +11,7 @@
 #include "cuda_emulation.h"
 #else
 #include <cuda_runtime.h>
-#define DFQ_ASSERT_ALIGNED(pointer)
+#define DFQ_ASSERT_ALIGNED(...)
 #define DFQ_SHARED(Type, name, count) __shared__ Type name[count]
 #endif
 

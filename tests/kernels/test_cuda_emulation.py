@@ -56,6 +56,10 @@ def test_unwritten_shared_memory_is_nan(emulation):
         assert values[1:].isnan().all()
 
 
+def test_what_nobody_waited_for_has_not_come(emulation):
+    assert _filled(emulation.unawaited_copy, 64).isnan().all()
+
+
 @pytest.mark.parametrize(("kernel", "size"), [("race_in_a_block", 64), ("race_of_blocks", 1)])
 def test_a_race_shows_in_the_other_order(kernel, size, emulation):
     forwards = _filled(emulation[kernel], size)

@@ -283,9 +283,10 @@ int architecture() { return gpu; }
 
 void* shared(void* memory, size_t size) { return scheduler.shared(memory, size); }
 
-void assert_aligned(const void* pointer) {
-  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) {
-    throw std::runtime_error("16 bytes at an address that is no multiple of 16");
+void assert_aligned(const void* pointer, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
+    const std::string size = std::to_string(bytes);
+    throw std::runtime_error(size + " bytes at an address that is no multiple of " + size);
   }
 }
 

@@ -18,7 +18,7 @@
 #define __shfl_xor_sync(mask, value, lanes) \
   emulated::shuffle_xor(mask, value, lanes, __FILE__, __LINE__)
 
-#define DFQ_ASSERT_ALIGNED(pointer) emulated::assert_aligned(pointer)
+#define DFQ_ASSERT_ALIGNED(...) emulated::assert_aligned(__VA_ARGS__)
 #define DFQ_SHARED(Type, name, count)                                     \
   alignas(16) static unsigned char name##_memory[sizeof(Type) * (count)]; \
   Type* const name = static_cast<Type*>(emulated::shared(name##_memory, sizeof(name##_memory)))
@@ -39,7 +39,7 @@ struct Index {
 const char* run(int64_t blocks, int threads, const std::function<void()>& body);
 
 void barrier(const char* file, int line);
-void assert_aligned(const void* pointer);
+void assert_aligned(const void* pointer, size_t bytes = 16);
 
 // A block's shared memory: filled with NaN before its first thread comes by.
 void* shared(void* memory, size_t size);

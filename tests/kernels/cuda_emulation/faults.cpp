@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "launch.h"
+#include "tensor_cores.h"
 #include "vectors.h"
 
 #define DFQ_EXPORT extern "C" __attribute__((visibility("default")))
@@ -47,6 +48,18 @@ __global__ void race(float* to) {
   to[threadIdx.x] = values[63 - threadIdx.x];
 }
 
+// Each should wait for all groups.
+__global__ void read_too_early(float* to) {
+  DFQ_SHARED(float, values, 64);
+  if (threadIdx.x < 16) {
+    copy_asynchronously(reinterpret_cast<uint4*>(values) + threadIdx.x, to + 4 * threadIdx.x);
+  }
+  close_group();
+  wait_for_groups<1>();
+  __syncthreads();
+  to[threadIdx.x] = values[threadIdx.x];
+}
+
 __global__ void last_writes(float* to) { *to = static_cast<float>(blockIdx.x); }
 
 }  // namespace
@@ -66,6 +79,7 @@ DFQ_EXPORT Failure unwritten_shared(float* to) {
   return launch(&read_unwritten, 1, 64, nullptr, to);
 }
 DFQ_EXPORT Failure race_in_a_block(float* to) { return launch(&race, 1, 64, nullptr, to); }
+DFQ_EXPORT Failure unawaited_copy(float* to) { return launch(&read_too_early, 1, 64, nullptr, to); }
 DFQ_EXPORT Failure race_of_blocks(float* to) { return launch(&last_writes, 5, 32, nullptr, to); }
 
 }  // namespace dfq
