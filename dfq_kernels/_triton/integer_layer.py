@@ -11,7 +11,7 @@ from torch import Tensor
 from dfq_kernels._triton.integer_border import border_table
 from dfq_kernels._triton.integer_descriptors import run_descriptors
 from dfq_kernels._triton.integer_epilogue import epilogue_arguments
-from dfq_kernels._triton.integer_plan import Layer, architecture, plan
+from dfq_kernels._triton.integer_plan import Kind, Layer, architecture, plan
 from dfq_kernels._triton.integer_pointers import run_pointers
 from dfq_kernels._triton.qconv2d_stem import run_stem
 
@@ -29,8 +29,14 @@ def run_layer(
     if y.numel() == 0:
         return
     x, weight, weight_zero = operands
-    aligned = x.data_ptr() % 16 == 0 == weight.data_ptr() % 16
-    chosen = plan(layer, weight.dtype == torch.uint8, architecture(x), aligned)
+    floats_at_border = x_zero != 0 and layer.padded and not rest[-1]
+    kind = Kind(
+        w4=weight.dtype == torch.uint8,
+        x4=x.dtype == torch.uint8,
+        heavy=weight_zero is not None or floats_at_border,
+        aligned=x.data_ptr() % 16 == 0 == weight.data_ptr() % 16,
+    )
+    chosen = plan(layer, kind, architecture(x))
     tensors = (*operands, border_table(layer, weight, weight_zero, x_zero))
     epilogue = epilogue_arguments(y, rest)
     runs = {"descriptors": run_descriptors, "stem": run_stem, "pointers": run_pointers}

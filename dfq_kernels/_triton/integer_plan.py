@@ -67,6 +67,27 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What decides beside the geometry.
+
+    Attributes:
+        w4, x4: whether weights, and the input, are packed.
+        heavy: whether what comes with the sums takes registers of its own: sums of x for a zero of
+            the weights, or floats beside a table of the border.
+        aligned: whether the tensors begin at multiples of 16 bytes.
+    """
+
+    w4: bool = False
+    x4: bool = False
+    heavy: bool = False
+    aligned: bool = True
+
+    @property
+    def packed(self) -> bool:
+        return self.w4 or self.x4
+
+
+@dataclass(frozen=True)
 class Tile:
     """What a program computes, and with what."""
 
@@ -106,21 +127,22 @@ def _capability(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(layer: Layer, four_bits: bool, sm: int, aligned: bool) -> Plan:
-    """``aligned``: whether the tensors begin at multiples of 16 bytes."""
-    if sm == 90 and aligned and _fits_descriptors(layer, four_bits):
-        found = tuned(_key(layer, four_bits), sm)
-        return Plan("descriptors", Tile(**found) if found else _descriptor_tile(layer, four_bits))
-    if aligned and _is_stem(layer):
-        return Plan("stem", _stem_tile(layer))
-    return Plan("pointers", _pointer_tile(layer, four_bits, sm))
+def plan(layer: Layer, kind: Kind, sm: int) -> Plan:
+    """For compute capability ``sm``, 10 * major + minor."""
+    if sm == 90 and kind.aligned and _fits_descriptors(layer, kind.packed):
+        found = tuned(_key(layer, kind), sm)
+        return Plan("descriptors", Tile(**found) if found else _descriptor_tile(layer, kind))
+    if kind.aligned and _is_stem(layer):
+        return Plan("stem", _stem_tile(layer, kind))
+    return Plan("pointers", _pointer_tile(layer, kind.packed, sm))
 
 
-def _key(layer: Layer, four_bits: bool) -> str:
+def _key(layer: Layer, kind: Kind) -> str:
     """Of a tuned tile: bits, C, O, kernel, stride, log2 of the pixels."""
     kernel, stride = ("x".join(map(str, pair)) for pair in (layer.kernel, layer.stride))
-    bits, size = 4 if four_bits else 8, math.ceil(math.log2(max(1, layer.pixels)))
-    return f"w{bits} {layer.channels} {layer.outputs} {kernel} /{stride} 2^{size}"
+    bits = f"w{4 if kind.w4 else 8}a{4 if kind.x4 else 8}" + (" heavy" if kind.heavy else "")
+    size = math.ceil(math.log2(max(1, layer.pixels)))
+    return f"{bits} {layer.channels} {layer.outputs} {kernel} /{stride} 2^{size}"
 
 
 def _fits_descriptors(layer: Layer, four_bits: bool) -> bool:
@@ -143,34 +165,37 @@ def _is_stem(layer: Layer) -> bool:
     return few and near and rows <= 31 and columns <= 8 and layer.dilation[1] == 1
 
 
-def _stem_tile(layer: Layer) -> Tile:
-    pixels = min(128, max(SMALLEST, power_of_two(layer.pixels)))
+def _stem_tile(layer: Layer, kind: Kind) -> Tile:
+    pixels = min(64 if kind.heavy else 128, max(SMALLEST, power_of_two(layer.pixels)))
     return Tile(pixels, 64, 32, 4, 4, swap=True)
 
 
-def _descriptor_tile(layer: Layer, four_bits: bool) -> Tile:
-    tile = _shape(layer, four_bits, _depth(layer, four_bits))
+def _descriptor_tile(layer: Layer, kind: Kind) -> Tile:
+    tile = _shape(layer, kind, _depth(layer, kind.packed))
     return tile if layer.plain else _with_box(tile, layer)
 
 
-def _depth(layer: Layer, four_bits: bool) -> int:
+def _depth(layer: Layer, packed: bool) -> int:
     """The largest that wastes nothing (in pairs a tile must not reach the next pixel), else 64."""
     whole = [depth for depth in (128, 64, 32) if layer.channels % depth == 0]
-    least = BLOCK if four_bits else SHORTEST
+    least = BLOCK if packed else SHORTEST
     return next((depth for depth in whole if depth >= least), BLOCK)
 
 
-def _shape(layer: Layer, four_bits: bool, depth: int) -> Tile:
+def _shape(layer: Layer, kind: Kind, depth: int) -> Tile:
     """Large where that leaves programs for every multiprocessor; at least 64 outputs, for wgmma."""
 
     def programs(pixels: int, outputs: int) -> int:
         return -(-layer.pixels // pixels) * -(-layer.outputs // outputs)
 
-    if layer.outputs > 64 and not four_bits and programs(256, 128) >= 4 * MULTIPROCESSORS:
+    wide, most = layer.outputs > 64, MOST_PIXELS
+    if kind.packed or kind.heavy:  # what else needs registers
+        most = 64 if kind.x4 and kind.heavy else 128
+    if wide and most == MOST_PIXELS and programs(256, 128) >= 4 * MULTIPROCESSORS:
         return _staged(256, 128, depth, 8, ALONE)
-    if layer.outputs > 64 and programs(128, 128) >= MULTIPROCESSORS:
+    if wide and most >= 128 and programs(128, 128) >= MULTIPROCESSORS:
         return _staged(128, 128, depth, 8, SHARED)
-    pixels = MOST_PIXELS
+    pixels = most
     while pixels > SMALLEST and programs(pixels, 64) < MULTIPROCESSORS:
         pixels //= 2
     return _staged(pixels, 64, depth, 4, SHARED)

@@ -121,7 +121,8 @@ def stem_kernel(
     top = row % out_height * stride_h - pad_h
     left = column * stride_w - pad_w
     seen = tl.zeros((PIXELS,), tl.int32)
-    for i in tl.static_range(KERNEL[0]):
+    ROWS: tl.constexpr = KERNEL[0]
+    for i in tl.static_range(ROWS):
         at = top + i * dilation
         seen |= (known & (at >= 0) & (at < height)).to(tl.int32) << i
     lane = tl.arange(0, SLICE)
@@ -135,7 +136,7 @@ def stem_kernel(
 
     sums = tl.zeros((OUTPUTS, PIXELS), tl.int32)
     totals = tl.zeros((PIXELS, 16), tl.int32)
-    for i in range(KERNEL[0]):
+    for i in range(ROWS):
         mask = ((seen >> i) & 1 != 0)[:, None] & inside
         offset = corner[:, None] + (lane + i * dilation * width * PIXEL)[None, :]
         a = tl.load(x + offset, mask=mask, other=0)

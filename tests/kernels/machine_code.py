@@ -48,6 +48,8 @@ class Budget:
     fused: int | None = 0  # multiply-adds, at most; None is any number
     divided: int = 0  # multiply-adds, at least: those of a division that is rounded correctly
     shared: int = 0  # loads and stores of shared memory, at most
+    products: int = 0  # of matrices of int8, in tensor cores: exactly
+    exact: bool = False  # whether there is no multiply-add in the whole kernel
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Figures:
     loop: int  # those of the longest innermost loop; 0 without one
     counted: dict[str, int]  # by opcode: of the loop, or of the kernel if it has none
     rounding: dict[str, int]  # by opcode: what adds the rounding constant
+    fused: int  # multiply-adds in the whole kernel
 
     @property
     def instructions(self) -> int:
@@ -171,6 +174,7 @@ def _read(cubin: bytes) -> Figures:
         rounding=dict(
             Counter(opcode for _, opcode, rest in code if re.search(rf" {ROUNDING}\b", rest))
         ),
+        fused=sum(opcode.startswith("FFMA") for _, opcode, _ in code),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 from dfq_kernels._triton import integer_plan, integer_tuned
 from dfq_kernels._triton.integer_border import classes
-from dfq_kernels._triton.integer_plan import Layer, Tile, plan
+from dfq_kernels._triton.integer_plan import Kind, Layer, Tile, plan
 from dfq_kernels._triton.integer_pointers import reaches_far
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KB of a program
@@ -27,9 +27,9 @@ def _layers():
 
 @pytest.mark.parametrize("sm", SHARED)
 def test_tiles_fit_the_shared_memory(sm):
-    for layer, four_bits in itertools.product(_layers(), (False, True)):
-        tile = plan(layer, four_bits, sm, True).tile
-        weights = tile.outputs * tile.depth // (2 if four_bits else 1)
+    for layer, w4 in itertools.product(_layers(), (False, True)):
+        tile = plan(layer, Kind(w4), sm).tile
+        weights = tile.outputs * tile.depth // (2 if w4 else 1)
         taken = tile.stages * (tile.pixels * tile.depth + weights)
         assert taken <= SHARED[sm] * 1024 - 2048, (layer, tile)
         assert 16 <= tile.outputs <= 128
@@ -39,7 +39,7 @@ def test_tiles_fit_the_shared_memory(sm):
 
 def test_boxes_waste_little():
     for layer in _layers():
-        chosen = plan(layer, False, 90, True)
+        chosen = plan(layer, Kind(), 90)
         if chosen.kernel == "descriptors" and not layer.plain:
             box = chosen.tile.box
             assert math.prod(box) == chosen.tile.pixels
@@ -79,9 +79,9 @@ def test_far_offsets_are_noticed():
 def test_tuned_tiles_are_taken(tmp_path, monkeypatch):
     layer = Layer(8, (14, 14), 256, (14, 14), 256, (3, 3), padding=(1, 1))
     tile = {"pixels": 64, "outputs": 128, "depth": 64, "warps": 4, "stages": 3, "box": [1, 8, 8]}
-    key = "w8 256 256 3x3 /1x1 2^11"
+    key = "w8a8 256 256 3x3 /1x1 2^11"
     (tmp_path / "sm90.json").write_text(json.dumps({key: tile}))
     monkeypatch.setattr(integer_tuned, "FOLDER", tmp_path)
     integer_plan.plan.cache_clear()
-    assert plan(layer, False, 90, True).tile == Tile(64, 128, 64, 4, 3, box=(1, 8, 8))
+    assert plan(layer, Kind(), 90).tile == Tile(64, 128, 64, 4, 3, box=(1, 8, 8))
     integer_plan.plan.cache_clear()

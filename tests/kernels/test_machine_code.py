@@ -30,10 +30,12 @@ def test_budget(family, kernel, budget):
     assert found.instructions <= budget.instructions
     loads, stores = found.count(r"LDG\S*\.128\S*"), found.count(r"STG\S*\.128\S*")
     assert (loads, stores) == (budget.loads, budget.stores)
-    narrow = found.count("LDG.*|STG.*") - loads - stores
+    narrow = found.count(r"(LDG|LDGSTS|STG)\..*") - loads - stores
     assert budget.narrow is None or narrow <= budget.narrow
     assert found.count("LDS.*|STS.*") <= budget.shared
     assert budget.fused is None or found.count("FFMA.*") <= budget.fused
     assert found.count("FFMA.*") >= budget.divided
+    assert found.fused == 0 or not budget.exact
+    assert found.count("IG?MMA.*") == budget.products
     assert found.rounding.get("FADD", 0) >= budget.rounded
     assert not any("MA" in opcode for opcode in found.rounding)
