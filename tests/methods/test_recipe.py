@@ -92,6 +92,14 @@ def test_the_teacher_stays_and_every_effort_has_its_numbers():
     assert steps == sorted(steps)
 
 
+def test_mirror_images_change_what_blocks_learn():
+    assert not _same(_train("w4a4")[1], _train("w4a4", replace(CONFIG, mirror=False))[1])
+
+
+def test_distilling_can_be_left_out():
+    assert _train("w3a3", replace(CONFIG, distill_steps=0))[3] == ["synthesize", "reconstruct"]
+
+
 def test_scales_must_be_learned():
     with pytest.raises(InputError, match="use scales learned"):
         _train("w4a4", scales="minmax")
