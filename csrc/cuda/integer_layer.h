@@ -134,10 +134,11 @@ inline IntegerLayer layer_of(const Windows& windows, int64_t k, int64_t groups, 
   return layer;
 }
 
-inline void run(const IntegerLayer& layer, const Tensor& x) {
+inline void run(const IntegerLayer& layer, const Tensor& x,
+                Failure (*kernels)(const IntegerLayer&, void*) = &integer_gemm) {
   if (layer.output.rows > 0) {
     const Stream stream(x);
-    check(integer_gemm(layer, stream));
+    check(kernels(layer, stream));
   }
 }
 

@@ -1,4 +1,5 @@
 // qconv2d on CUDA tensors. The specification is dfq_kernels/qconv2d.py.
+#include "depthwise.h"
 #include "integer_layer.h"
 
 namespace dfq {
@@ -86,7 +87,9 @@ Tensor qconv2d_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor&
                                  residual_zero, relu, grid};
   const IntegerOutput output = output_of(epilogue, y, rows, out, out / groups);
   const int64_t k = kernel[0] * kernel[1] * (channels / groups);
-  run(layer_of(geometry.windows(x, groups), k, groups, x, x_zero, weight, weight_zero, output), x);
+  const IntegerLayer layer =
+      layer_of(geometry.windows(x, groups), k, groups, x, x_zero, weight, weight_zero, output);
+  run(layer, x, channels > 1 && groups == channels ? &depthwise : &integer_gemm);
   return y;
 }
 

@@ -1,11 +1,13 @@
-"""Depthwise convolutions: every kernel there is for them against the reference, bit for bit."""
+"""Depthwise convolutions on every backend against the reference, bit for bit."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import BACKENDS
 from integer_cases import X_ZEROS, assert_same, int8
 
+from dfq_kernels import _backend
 from dfq_kernels.integer import integer_weight
 from dfq_kernels.qconv2d import Window, qconv2d_reference
 
@@ -65,17 +67,6 @@ LAYERS = {  # whole and part tiles, blocks and vectors
 }
 
 
-@pytest.fixture(params=["triton"])
-def depthwise(request):
-    pytest.importorskip("triton")
-    from conftest import BACKENDS
-
-    with BACKENDS[request.param]():
-        from dfq_kernels._triton.depthwise import depthwise
-
-        yield depthwise
-
-
 @pytest.fixture(autouse=True)
 def _unwritten_memory_shows():
     torch.use_deterministic_algorithms(True)
@@ -83,25 +74,47 @@ def _unwritten_memory_shows():
     torch.use_deterministic_algorithms(False)
 
 
+def _assert_parity(args):
+    """Of the backend in force."""
+    assert_same(_backend.implementation("qconv2d", "cpu")(*args), qconv2d_reference(*args))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers(depthwise, layer):
+def test_layers(backend, layer):
     """With every option, alone and beside others, and weights of 8 and of 4 bits."""
     torch.manual_seed(0)
     number = list(LAYERS).index(layer)
-    for options, four_bits, grid in ((number, False, ()), (15 - number, True, (-3, -100, 90))):
-        args = LAYERS[layer].arguments(options, four_bits=four_bits, grid=grid)
-        assert_same(depthwise(*args), qconv2d_reference(*args))
+    _assert_parity(LAYERS[layer].arguments(number, grid=()))
+    _assert_parity(LAYERS[layer].arguments(15 - number % 16, four_bits=True))
 
 
 @pytest.mark.parametrize("number", range(16))
-def test_options(depthwise, number):
-    args = Layer((1, 3, 4, 5)).arguments(number, four_bits=number % 3 == 0)
-    assert_same(depthwise(*args), qconv2d_reference(*args))
+def test_options(backend, number):
+    """With 5 channels and with 4."""
+    for channels in (4, 5):
+        layer = Layer((1, channels, 4, 5))
+        _assert_parity(layer.arguments(number, four_bits=number % 3 == 0))
 
 
-def test_no_images(depthwise):
-    args = Layer((0, 3, 4, 5)).arguments(0)
-    assert_same(depthwise(*args), qconv2d_reference(*args))
+def test_no_images(backend):
+    _assert_parity(Layer((0, 3, 4, 5)).arguments(0))
+
+
+LARGE = {  # more rows than a thread goes down
+    "3x3": Layer((2, 132, 37, 5)),
+    "3x3/2, dilated": Layer((1, 12, 41, 9), window=Window((2, 1), (2, 1), (1, 2))),
+    "3x3/5": Layer((2, 8, 90, 4), window=Window((5, 1), (1, 1))),
+    "5x5": Layer((1, 8, 19, 7), (5, 5), Window(padding=(2, 3))),
+    "7x7/4": Layer((1, 8, 77, 7), (7, 7), Window((4, 1), (2, 3))),
+}
+
+
+@pytest.mark.parametrize("layer", LARGE)
+def test_columns_of_threads(layer):
+    """CUDA C++ alone: there a thread goes down a column of outputs."""
+    with BACKENDS["cuda"]():
+        for number in range(16):
+            _assert_parity(LARGE[layer].arguments(number, four_bits=number % 3 == 0))
 
 
 BLOCKS = [(1, 1), (1, 2), (2, 2), (2, 4), (7, 1)]
@@ -112,8 +125,6 @@ BLOCKS = [(1, 1), (1, 2), (2, 2), (2, 4), (7, 1)]
 def test_every_block_of_outputs(monkeypatch, block, stride):
     """Large layers share pixels in blocks, and programs take several tiles of them."""
     pytest.importorskip("triton")
-    from conftest import BACKENDS
-
     from dfq_kernels._triton import depthwise as ops
 
     monkeypatch.setattr(ops, "blocks_of", lambda *_: block)
