@@ -101,6 +101,11 @@ class Call:
         return self.function in ("getitem", "flatten", "reshape")
 
     @property
+    def joins(self) -> bool:
+        """Whether it puts tensors side by side: rounded before or after that, they are the same."""
+        return self.function == "cat"
+
+    @property
     def averages_maps(self) -> bool:
         """Whether it takes the mean over height and width of [B, C, H, W]."""
         if self.function == "mean":

@@ -2,8 +2,8 @@
 
 A layer takes in what alone follows it: BatchNorm, ReLU, the addition of another branch. Its output
 is written as integers where all who read it read one grid. Integers stay integers through pooling,
-padding and slicing. What there is no integer step for runs in float32, on the values that the
-integers stand for, as in the student.
+padding, slicing and concatenation. What there is no integer step for runs in float32, on the
+values that the integers stand for, as in the student.
 """
 
 from __future__ import annotations
@@ -129,6 +129,11 @@ class _Compiler:
             numbers = {"grid": grid.as_dict(), "keepdim": call.function != "mean"}
             self.floats[node] = self._add("mean", (self._codes(source, grid),), numbers)
             return
+        joined = self._demanded(node) if call.joins else None
+        if joined is not None:
+            names = tuple(self._codes(each, joined) for each in call.inputs)
+            self.codes[node, joined] = self._add("call", names, call.numbers(), call.tensors)
+            return
         grids = [grid for of, grid in self.codes if of is source]
         if call.moves and grids:
             for grid in grids:
@@ -182,7 +187,8 @@ class _Compiler:
             return self._wants(user)
         if user.op == "output" or isinstance(module, QConv2d | QLinear | QReLU | QAdd):
             return {None}
-        return self._wants(user) if float_call(user, module).moves else {None}
+        call = float_call(user, module)
+        return self._wants(user) if call.moves or call.joins else {None}
 
     def _codes(self, node: Any, grid: Grid) -> str:
         """The integers of a value on ``grid``, made if need be."""

@@ -20,7 +20,7 @@ SAME = {  # one node, the inputs as they are
     "tanh": "Tanh",
     "hardswish": "HardSwish",
 }
-MOVES = ("flatten", "getitem", "pad", "reshape")  # of integers too, which stay on their grid
+MOVES = ("cat", "flatten", "getitem", "pad", "reshape")  # of integers too: they keep their grid
 
 
 def convert(graph: Any, step: Step, tensors: dict[str, Tensor]) -> None:
@@ -30,7 +30,7 @@ def convert(graph: Any, step: Step, tensors: dict[str, Tensor]) -> None:
         InputError: if ONNX has no operator for it here.
     """
     name = step.numbers["function"]
-    moves = name in MOVES and step.inputs[0] in graph.grids
+    moves = name in MOVES and all(value in graph.grids for value in step.inputs)
     inputs = list(step.inputs) if moves else [graph.as_float(value) for value in step.inputs]
     if moves:
         graph.grids[step.output] = graph.grids[step.inputs[0]]

@@ -69,7 +69,29 @@ class Plain(nn.Module):
         return self.head(x.view(-1, 16))
 
 
-NETS = {"residual": Residual, "depthwise": Depthwise, "dense": Dense, "plain": Plain}
+class Branches(nn.Module):
+    """Inception: branches side by side, one of them pooled, and read by one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, padding=1)
+        self.narrow, self.norm = nn.Conv2d(8, 5, 1, bias=False), nn.BatchNorm2d(5)
+        self.last, self.head = nn.Conv2d(19, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        pooled = F.max_pool2d(x, 3, 1, 1)
+        x = torch.cat([F.relu(self.wide(x)), self.norm(self.narrow(x)), pooled], dim=1)
+        return self.head(self.last(x).mean((2, 3)))
+
+
+NETS = {
+    "residual": Residual,
+    "depthwise": Depthwise,
+    "dense": Dense,
+    "plain": Plain,
+    "branches": Branches,
+}
 
 
 def build(name, seed=0):

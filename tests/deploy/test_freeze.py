@@ -75,6 +75,18 @@ def test_a_chain_without_branches_is_layers_alone():
     assert steps == ["call", "quantize", "conv", "max_pool", "conv", "call", "linear", "linear"]
 
 
+def test_branches_are_joined_as_integers():
+    """Those that one layer alone reads are written on its grid; the pooled one is rounded to it."""
+    program = freeze(student_of("branches"), IMAGE).program
+    writers = {step.output: step for step in program.steps}
+    join = next(step for step in program.steps if step.numbers.get("function") == "cat")
+    assert [writers[name].op for name in join.inputs] == ["conv", "conv", "quantize"]
+    reader = next(step for step in program.steps if join.output in step.inputs)
+    assert reader.op == "conv"
+    grids = [writers[name].numbers["grid"] for name in join.inputs]
+    assert grids[0] == grids[1] == grids[2]
+
+
 def test_it_holds_no_float_weights():
     student = student_of("depthwise")
     packed = freeze(student, IMAGE)
