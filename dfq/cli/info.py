@@ -19,9 +19,10 @@ OLDEST_TORCH = (2, 10)
 PACKAGES = {  # package: (what needs it, how it is installed)
     "numpy": ("everything", "pip install numpy"),
     "torch": ("everything", "pip install torch"),
-    "rich": ("dfq quantize, evaluate and demo", "pip install rich"),
+    "rich": ("dfq quantize, evaluate, bench and demo", "pip install rich"),
     "safetensors": ("run folders and .safetensors weights", "pip install safetensors"),
-    "tyro": ("dfq quantize and evaluate", "pip install tyro"),
+    "tyro": ("dfq quantize, evaluate, export and bench", "pip install tyro"),
+    "onnx": ("dfq export to .onnx", "pip install onnx"),
     "scikit-learn": ("dfq demo", "pip install scikit-learn"),
     "pillow": ("image folders", "pip install pillow"),
     "torchvision": ("torchvision:NAME models", "pip install torchvision"),
