@@ -1,6 +1,7 @@
 """Student in, integers out: ``freeze`` it, run it, save it, load it without its class, export."""
 
 from dfq.deploy.export import export, export_pt2
+from dfq.deploy.four_bits import pack_activations
 from dfq.deploy.freeze import freeze
 from dfq.deploy.layers import PackedConv2d, PackedLinear, freeze_layers
 from dfq.deploy.onnx_graph import export_onnx
@@ -16,4 +17,5 @@ __all__ = [
     "freeze",
     "freeze_layers",
     "load",
+    "pack_activations",
 ]

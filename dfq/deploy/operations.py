@@ -151,7 +151,7 @@ def _output_grid(n: Numbers) -> Int8Grid | None:
     high = grid.high
     if n["ceiling"] is not None:
         high = min(high, round(n["ceiling"] / grid.scale) + grid.zero)
-    return Int8Grid(grid.zero, grid.low, high)
+    return Int8Grid(grid.zero, grid.low, high, grid.packed)
 
 
 def _max_pool(n: Numbers, t: Tensors, at: Place) -> Run:

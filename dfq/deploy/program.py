@@ -19,13 +19,15 @@ class Grid:
     """The integers of an activation: ``value = (code - zero_point) * scale``, per tensor.
 
     Stored is ``code - offset``, an int8: the zero_point is the offset where the codes then fit, so
-    that real zero is 0 and padding costs nothing; otherwise it is 128.
+    that real zero is 0 and padding costs nothing; otherwise it is 128. ``packed`` codes, two in a
+    byte, are -8 to 7.
     """
 
     scale: float  # a float32
     zero_point: int
     quant_min: int
     quant_max: int
+    packed: bool = False
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Grid:
@@ -48,6 +50,8 @@ class Grid:
     def offset(self) -> int:
         """What is subtracted from a code before it is stored."""
         zero = self.zero_point
+        if self.packed:
+            return self.quant_min + 8
         fits = self.quant_min - zero >= -128 and self.quant_max - zero <= 127
         return zero if fits else 128 if self.quant_min >= 0 else 0
 
