@@ -153,7 +153,7 @@ class Window {
     for (int i = 0; i < kSize; ++i) {
       const bool load = there && (inside_ >> i & 1u);
       const int64_t at = static_cast<int64_t>(i) * windows.dilation[1] * windows.pixel_bytes;
-      next_[i] = load ? *reinterpret_cast<const uint32_t*>(from + at) : nothing;
+      next_[i] = load ? load_word(from + at) : nothing;
     }
   }
 

@@ -42,6 +42,7 @@ struct Stored {
 // The first `count` bytes of a word, at an address that is a multiple of 4.
 DFQ_DEVICE void store_word(int8_t* to, uint32_t word, int64_t count) {
   if (count >= kFour) {
+    DFQ_ASSERT_ALIGNED(to, kFour);
     *reinterpret_cast<uint32_t*>(to) = word;
     return;
   }
@@ -180,8 +181,11 @@ class PlaneTile {
       const int line = together_ ? 0 : i >> log_line;
       const int at = (i - (line << log_line)) * static_cast<int>(sizeof(Unit));
       if (at < bytes) {
-        *reinterpret_cast<Unit*>(out + first_channel_ + line * step + at) =
-            *reinterpret_cast<const Unit*>(memory_ + line * pitch_ + at);
+        int8_t* to = out + first_channel_ + line * step + at;
+        const int8_t* from = memory_ + line * pitch_ + at;
+        DFQ_ASSERT_ALIGNED(to, sizeof(Unit));
+        DFQ_ASSERT_ALIGNED(from, sizeof(Unit));
+        *reinterpret_cast<Unit*>(to) = *reinterpret_cast<const Unit*>(from);
       }
     }
   }
