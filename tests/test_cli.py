@@ -106,6 +106,39 @@ def test_evaluate_measures_a_run_and_its_float_model(tmp_path, capsys):
     assert f"top-1 {results['float_top1']:.2f} % on 40 images" in capsys.readouterr().out
 
 
+def test_synthesize_makes_images_that_quantize_learns_from(tmp_path, capsys, weights):
+    made, out = tmp_path / "i.npz", tmp_path / "run"
+    words = ["--teachers", f"{MODEL}={weights}@.4/.3", MODEL, "--images", "9", "--out", str(made)]
+    words += ["--inversion.batch-size", "8", "--inversion.steps", "2", "--inversion.shift", "1"]
+    assert main(["synthesize", MODEL, *FLAGS, *words]) == 0
+    assert f"Wrote 9 images by lis to {made}." in capsys.readouterr().out
+    learning = ["--schedule.steps-per-batch", "2", "--schedule.shift", "1", "--effort", "quick"]
+    words = ["--images", made, "--out", out, *learning]
+    assert _quantize(*words, method="gdfq") == 0
+    results = json.loads((out / "result.json").read_text())
+    assert results["images_file"] == str(made)
+    with np.load(made) as first, np.load(out / "images.npz") as second:
+        np.testing.assert_array_equal(first["images"], second["images"][:9])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--teachers", "cifar:resnet32"], "cifar:resnet32 brings no weights"),
+        (["--teachers", f"{MODEL}=none.pt"], "there is no weight file none.pt"),
+        (["--teachers", f"{MODEL}@x/1"], "defines no function network@x/1"),
+        (["--courses", "2"], "courses of 2 teachers do not hold 1"),
+        (["--images", "none.npz"], "there is no image file none.npz"),
+        (["--method", "gdfq", "--teachers", MODEL], "gdfq makes its images from one model"),
+    ],
+)
+def test_wrong_teachers_and_images_are_one_sentence_and_exit_2(tmp_path, capsys, words, sentence):
+    method = words[1] if words[0] == "--method" else "lis"
+    assert _quantize(*words, "--out", tmp_path / "run", method=method) == 2
+    assert sentence in _sentence(capsys)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 def _broken_weights(path, kind):
     state = network().state_dict()
     if kind == "nan":

@@ -14,7 +14,15 @@ from dfq.deploy import freeze, freeze_layers
 from dfq.evaluate import check as check_evaluation
 from dfq.evaluate import evaluate
 from dfq.models import load
-from dfq.pipeline import Request, Source, execute, load_student, resolve, resolve_device
+from dfq.pipeline import (
+    Request,
+    Source,
+    execute,
+    load_student,
+    parse_teacher,
+    resolve,
+    resolve_device,
+)
 from dfq.report.display import accuracy_table, map_table, progress
 from dfq.types import DataSpec, InputError
 
@@ -34,6 +42,8 @@ def quantize_command(argv: Sequence[str]) -> int:
         seed=flags.seed,
         device=flags.device,
         threads=flags.threads,
+        teachers=tuple(map(parse_teacher, flags.teachers)),
+        images=flags.images,
         out=flags.out,
         overwrite=flags.overwrite,
         eval_file=flags.eval,

@@ -19,6 +19,7 @@ Quantize a trained CNN to 2-8 bits without its data.
 
 commands:
   quantize MODEL    make a low-bit student of a float model
+  synthesize MODEL  make images of what models remember, for any model to learn from
   evaluate DIR      measure a student or a float model on real images
   export DIR        write the integer model as ONNX, .pt2 or for dfq.load
   bench DIR         measure its speed against the float network
@@ -31,6 +32,7 @@ dfq COMMAND --help tells what each takes. For example:
 """
 COMMANDS = {  # command: (where it is, packages it needs)
     "quantize": ("dfq.cli.commands:quantize_command", ("torch", "rich", "safetensors", "tyro")),
+    "synthesize": ("dfq.cli.synthesize:synthesize_command", ("torch", "rich", "tyro")),
     "evaluate": ("dfq.cli.commands:evaluate_command", ("torch", "rich", "safetensors", "tyro")),
     "export": ("dfq.cli.export:export_command", ("torch", "safetensors", "tyro")),
     "bench": ("dfq.cli.bench:bench_command", ("torch", "rich", "safetensors", "tyro")),

@@ -28,9 +28,11 @@ def _word(metavar: str, default: str | None = None) -> Any:
 Model = Positional[Annotated[str, _word("MODEL")]]
 Target = Positional[Annotated[str, _word("DIR|MODEL")]]
 Shape = Annotated[str, _word("C,H,W")]
+Classes = Annotated[int, _word("N", "the model gives maps, not logits")]
 Mean = Annotated[str, _word("X,X,X", "zeros")]
 Std = Annotated[str, _word("X,X,X", "ones")]
 Name = Annotated[str, _word("NAME")]
+Teachers = Annotated[list[str], _word("MODEL=WEIGHTS", "none")]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class QuantizeFlags:
     """cifar:resnet20, torchvision:NAME, timm:NAME, package.module:function or file.py:function"""
     shape: Shape
     """channels, height and width of the images it takes"""
-    classes: Annotated[int, _word("N", "the model gives maps, not logits")] = 0
+    classes: Classes = 0
     """number of classes"""
     weights: Annotated[Path | None, _word("FILE", "those of the MODEL")] = None
     """.safetensors, .pt, .pth, .th or .tar; nothing in it is executed"""
@@ -70,6 +72,10 @@ class QuantizeFlags:
     """auto, cpu, cuda or cuda:1"""
     threads: Annotated[int | None, _word("N", "torch's")] = None
     """of the CPU; fewer are faster where other programs run as well"""
+    teachers: Teachers = dataclasses.field(default_factory=list)
+    """of lis: further models that images are made from; @MEAN/STD behind one that has its own"""
+    images: Annotated[Path | None, _word("FILE", "make them")] = None
+    """synthetic images to learn from: images.npz of a run or a file of dfq synthesize"""
     out: Annotated[Path | None, _word("DIR", "write nothing")] = None
     """folder for the student, its images, result.json and metrics.jsonl"""
     overwrite: bool = False
@@ -156,14 +162,19 @@ class BenchFlags:
 
 
 def parse_quantize(argv: Sequence[str]) -> tuple[QuantizeFlags, Any]:
-    """Flags and the method's config; --method and --effort decide which flags there are.
+    """Flags of ``dfq quantize`` and the method's config; see :func:`parse_with_config`."""
+    return parse_with_config(QuantizeFlags, "quantize", argv)
+
+
+def parse_with_config(flags: type[Any], command: str, argv: Sequence[str]) -> tuple[Any, Any]:
+    """Flags of a command, and the method's config; --method and --effort decide its flags.
 
     Raises:
         InputError: an unknown method or effort, or a value that the config refuses.
         SystemExit: an unknown flag (2), or --help (0); tyro has printed what to say.
     """
-    method = _value(argv, "--method") or QuantizeFlags.method
-    effort = _value(argv, "--effort") or QuantizeFlags.effort
+    method = _value(argv, "--method") or flags.method
+    effort = _value(argv, "--effort") or flags.effort
     asks = {"-h", "--help"} & set(argv)
     maps = _value(argv, "--classes") in (None, "0") and not asks
     config = suggest_config(method, effort, maps=maps)
@@ -171,11 +182,11 @@ def parse_quantize(argv: Sequence[str]) -> tuple[QuantizeFlags, Any]:
     both = dataclasses.make_dataclass(
         "Flags",
         [
-            ("run", Annotated[QuantizeFlags, arg(name="")]),
+            ("run", Annotated[flags, arg(name="")]),
             (method, mirror, dataclasses.field(default=mirror())),
         ],
     )
-    parsed = _parse(both, "quantize", QuantizeFlags, argv)
+    parsed = _parse(both, command, flags, argv)
     values = getattr(parsed, method)
     names = [field.name for field in dataclasses.fields(config)]
     return parsed.run, type(config)(**{name: getattr(values, name) for name in names})
@@ -192,7 +203,7 @@ def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
     return parsed
 
 
-def data_spec(flags: QuantizeFlags | EvaluateFlags) -> DataSpec:
+def data_spec(flags: Any) -> DataSpec:
     """The DataSpec that --shape, --classes, --mean and --std write.
 
     Raises:
