@@ -62,12 +62,17 @@ def mobilenet_v1(classes=1000):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, classes))
 
 
+def tiny():
+    layers = [normed(3, 64, 3, 2), nn.ReLU(), normed(64, 64, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+
+
 MAKERS = {
     "ResNet-18": lambda: resnet((2, 2, 2, 2)),
     "ResNet-50": lambda: resnet((3, 4, 6, 3), bottleneck=True),
     "MobileNetV1": mobilenet_v1,
     "ResNet-20": lambda: CifarResNet(20),
-    "tiny": lambda: CifarResNet(8),
+    "tiny": tiny,
 }
 
 
