@@ -29,11 +29,12 @@ def run_layer(
     if y.numel() == 0:
         return
     x, weight, weight_zero = operands
-    floats_at_border = x_zero != 0 and layer.padded and not rest[-1]
+    residual, grid = rest[2], rest[-1]
+    border = x_zero != 0 and layer.padded
     kind = Kind(
         w4=weight.dtype == torch.uint8,
         x4=x.dtype == torch.uint8,
-        heavy=weight_zero is not None or floats_at_border,
+        heavy=weight_zero is not None or (border and (residual is not None or not grid)),
         aligned=x.data_ptr() % 16 == 0 == weight.data_ptr() % 16,
     )
     chosen = plan(layer, kind, architecture(x))

@@ -73,7 +73,7 @@ class Kind:
     Attributes:
         w4, x4: whether weights, and the input, are packed.
         heavy: whether what comes with the sums takes registers of its own: sums of x for a zero of
-            the weights, or floats beside a table of the border.
+            the weights; or beside a table of the border a residual, or outputs of 4 bytes.
         aligned: whether the tensors begin at multiples of 16 bytes.
     """
 
@@ -166,7 +166,8 @@ def _is_stem(layer: Layer) -> bool:
 
 
 def _stem_tile(layer: Layer, kind: Kind) -> Tile:
-    pixels = min(64 if kind.heavy else 128, max(SMALLEST, power_of_two(layer.pixels)))
+    most = 64 if kind.heavy or layer.outputs % 16 else 128
+    pixels = min(most, max(SMALLEST, power_of_two(layer.pixels)))
     return Tile(pixels, 64, 32, 4, 4, swap=True)
 
 
@@ -189,8 +190,10 @@ def _shape(layer: Layer, kind: Kind, depth: int) -> Tile:
         return -(-layer.pixels // pixels) * -(-layer.outputs // outputs)
 
     wide, most = layer.outputs > 64, MOST_PIXELS
-    if kind.packed or kind.heavy:  # what else needs registers
+    if kind.packed or kind.heavy:
         most = 64 if kind.x4 and kind.heavy else 128
+    if layer.outputs % 16:  # each output is a load and a store of its own
+        most = 64
     if wide and most == MOST_PIXELS and programs(256, 128) >= 4 * MULTIPROCESSORS:
         return _staged(256, 128, depth, 8, ALONE)
     if wide and most >= 128 and programs(128, 128) >= MULTIPROCESSORS:
@@ -229,8 +232,9 @@ def _pointer_tile(layer: Layer, four_bits: bool, sm: int) -> Tile:
     depth = 64 if halves else depth
     if inputs % 128 == 0 and sm in (80, 90):
         depth = 128
-    rows = min(128, max(SMALLEST, power_of_two(layer.pixels)))
-    columns = min(128, max(SMALLEST, power_of_two(outputs)))
+    most = 64 if layer.outputs % 16 else 128  # each output is a load and a store of its own
+    rows = min(most, max(SMALLEST, power_of_two(layer.pixels)))
+    columns = min(most, max(SMALLEST, power_of_two(outputs)))
     blocks = -(-layer.groups // together) * -(-outputs // columns)
     while rows > 32 and -(-layer.pixels // rows) * blocks < MULTIPROCESSORS:
         rows //= 2
