@@ -3,6 +3,7 @@
 Bias, ReLU and requantization to int8 are in every integer run, bias and ReLU in the others.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 from bench.harness import Case
 from bench.integer_layers import Layer
-from bench.settings import TINY
+from bench.settings import DEVICE, TINY
 from dfq_kernels import _backend, qconv2d
 
-LAYERS = {  # layer, aims: times as fast as fp32, as oneDNN
+GPU_BATCH = 256
+LAYERS = {  # layer, aims on a CPU: times as fast as fp32, as oneDNN
     "ResNet-18, stem": (Layer(8, 3, 224, 64, 7, 2), 2, 0.9),
     "ResNet-18, stage 1": (Layer(8, 64, 56, 64, 3), 3, 0.85),
     "ResNet-18, into stage 2": (Layer(8, 64, 56, 128, 3, 2), 3, 0.85),
@@ -31,7 +33,10 @@ LAYERS = {  # layer, aims: times as fast as fp32, as oneDNN
     "MobileNetV1, late 1x1": (Layer(8, 512, 14, 512, 1), 3, 0.85),
     "MobileNetV1, depthwise": (Layer(8, 64, 112, 64, 3, 2, groups=64), 1.5, 0.75),
     "MobileNetV1, late depthwise": (Layer(8, 512, 14, 512, 3, groups=512), None, None),
+    "MobileNetV3, depthwise 5x5": (Layer(8, 240, 28, 240, 5, groups=240), None, None),
 }
+if DEVICE == "cuda":
+    LAYERS = {n: (replace(layer, batch=GPU_BATCH), *aims) for n, (layer, *aims) in LAYERS.items()}
 if TINY:
     LAYERS = {"tiny": (Layer(2, 4, 6, 8, 3), 1, 1), "depthwise": (Layer(1, 8, 6, 8, 3, 2, 8), 1, 1)}
 

@@ -2,19 +2,21 @@
 
 from functools import partial
 
+import pytest
 import torch
 
-from bench.harness import Baseline, Case, describe
-from bench.settings import DEVICE, TINY
+from bench.harness import Baseline, Case, choose, describe
+from bench.settings import DEVICE
 from dfq_kernels import dequantize, quantize
 from dfq_kernels.integer import Int8Grid
 from dfq_kernels.requantize import requantize
 
-SHAPE = (2, 16, 5, 5) if TINY else (8, 64, 56, 56)
+SHAPES = choose(tiny=(2, 16, 5, 5), usual=(8, 64, 56, 56), large=(512, 64, 56, 56))
 
 
-def test_requantize(measure):
-    codes = torch.randint(-128, 128, SHAPE, dtype=torch.int8, device=DEVICE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_requantize(measure, shape):
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE)
     codes = codes.contiguous(memory_format=torch.channels_last)
     scales = [torch.tensor([value], device=DEVICE) for value in (0.011, 0.19)]
     zero = torch.zeros(1, device=DEVICE)

@@ -129,14 +129,17 @@ def _requantize(x: Tensor, grad: Tensor) -> Results:
 
 
 def _qconv2d(x: Tensor, grad: Tensor) -> Results:
-    values = _codes(grad[:1, :, :3, :1], 8, 15, 8).permute(0, 2, 3, 1).contiguous()
-    ones = torch.ones(1, device=x.device)
-    window = Window(padding=(values.shape[1] // 2, 0))
-    for four_bits in (False, True):
-        weight = integer_weight(values, four_bits=four_bits)
-        for grid in (None, Int8Grid(-3, -128, 127)):
-            epilogue = Epilogue(ones / 7, ones / 3, relu=grid is None, grid=grid)
-            yield "y", qconv2d(_codes(x, 3, 15, 0), weight, epilogue, window, x_zero=3)
+    values = _codes(grad[:1, :, :3, :1], 8, 15, 8)
+    for name, axes in (("y", (0, 2, 3, 1)), ("y, depthwise,", (1, 2, 3, 0))):
+        filters = values.permute(axes).contiguous()
+        out, height, *_ = filters.shape
+        window = Window(padding=(height // 2, 0), groups=out if out > 1 else 1)
+        multiplier, bias = (torch.full((out,), 1 / n, device=x.device) for n in (7, 3))
+        for four_bits in (False, True):
+            weight = integer_weight(filters, four_bits=four_bits)
+            for grid in (None, Int8Grid(-3, -128, 127)):
+                epilogue = Epilogue(multiplier, bias, relu=grid is None, grid=grid)
+                yield name, qconv2d(_codes(x, 3, 15, 0), weight, epilogue, window, x_zero=3)
 
 
 def _qlinear(x: Tensor, grad: Tensor) -> Results:
