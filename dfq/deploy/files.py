@@ -1,8 +1,9 @@
 """The file of a packed model: tensors in ``.safetensors``, everything else as JSON in its header.
 
 Integer weights take as many bits as their largest needs, one after the other without gaps, lowest
-bit first; in memory they are bytes, or two a byte in blocks (``dfq_kernels.pack_int4``). A digest
-tells whether a file is as it was written.
+bit first; in memory they are bytes, or two a byte in blocks (``dfq_kernels.pack_int4``). Where all
+are odd, as on a grid without zero, their last bit is left out. A digest tells whether a file is as
+it was written.
 """
 
 from __future__ import annotations
@@ -91,11 +92,13 @@ def squeeze(weight: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Stored]:
     four_bits = weight.dtype == torch.uint8
     size = torch.Size(shape[1:]).numel()
     values = (unpack_int4(weight, size) if four_bits else weight).numpy().reshape(-1)
+    odd = values.size > 0 and bool((values & 1).all())
+    values = values >> 1 if odd else values
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     bits = max(max(-low - 1, 0).bit_length(), max(high, 0).bit_length()) + 1
     each = np.unpackbits(values.view(np.uint8)[:, None], axis=1, count=bits, bitorder="little")
     row = torch.from_numpy(np.packbits(each.reshape(-1), bitorder="little"))
-    return row, {"bits": bits, "shape": list(shape), "four_bits": four_bits}
+    return row, {"bits": bits, "odd": odd, "shape": list(shape), "four_bits": four_bits}
 
 
 def _expand(stored: Tensor, packing: Stored | None) -> Tensor:
@@ -109,6 +112,7 @@ def _expand(stored: Tensor, packing: Stored | None) -> Tensor:
     codes = np.packbits(each.reshape(-1, bits), axis=1, bitorder="little").reshape(-1)
     half = np.uint8(1 << (bits - 1))
     values = torch.from_numpy(((codes ^ half) - half).view(np.int8)).reshape(shape)
+    values = 2 * values + 1 if packing["odd"] else values
     return pack_int4(values.flatten(1)) if packing["four_bits"] else values
 
 

@@ -159,6 +159,15 @@ def test_integers_are_stored_without_gaps(bits, shape):
         assert torch.equal(files._expand(row, packing), packed)
 
 
+def test_of_odd_integers_the_last_bit_is_left_out():
+    values = torch.tensor([[-3, -1, 1, 3, 3]], dtype=torch.int8)
+    row, packing = files.squeeze(values, values.shape)
+    assert (row.numel(), packing["bits"]) == (2, 2)
+    assert torch.equal(files._expand(row, packing), values)
+    row, packing = files.squeeze(-values.abs(), values.shape)
+    assert torch.equal(files._expand(row, packing), -values.abs())
+
+
 def test_a_file_of_four_bit_weights_takes_half_a_byte_for_each(tmp_path):
     """Of a small layer too, whose last block of 64 is not full in memory."""
     student = prepare(nn.Sequential(nn.Conv2d(3, 70, 3), nn.Conv2d(70, 40, 3)).eval(), "w4a4")
