@@ -1,18 +1,18 @@
 """qconv2d on the layers of networks against floating point and oneDNN's int8, channels_last.
 
-Bias, ReLU and requantization to int8 are in every integer run, bias and ReLU in the others.
+Bias, ReLU and requantization to int8 are in every integer run, bias and ReLU in the others. On a
+GPU floating point is cuDNN's.
 """
 
 from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 
 from bench.harness import Case
 from bench.integer_layers import Layer
 from bench.settings import DEVICE, TINY
-from dfq_kernels import _backend, qconv2d
+from dfq_kernels import qconv2d
 
 GPU_BATCH = 256
 LAYERS = {  # layer, aims on a CPU: times as fast as fp32, as oneDNN
@@ -37,6 +37,13 @@ LAYERS = {  # layer, aims on a CPU: times as fast as fp32, as oneDNN
 }
 if DEVICE == "cuda":
     LAYERS = {n: (replace(layer, batch=GPU_BATCH), *aims) for n, (layer, *aims) in LAYERS.items()}
+    LAYERS |= {
+        "ResNet-50, into stage 3": (Layer(GPU_BATCH, 256, 28, 256, 3, 2), None, None),
+        "ResNet-50, shortcut": (Layer(GPU_BATCH, 256, 56, 512, 1, 2), None, None),
+        "ResNet-50, late 1x1 up": (Layer(GPU_BATCH, 256, 14, 1024, 1), None, None),
+        "ResNet-50, late 1x1 down": (Layer(GPU_BATCH, 1024, 14, 256, 1), None, None),
+        "ResNet-50, one image": (Layer(1, 256, 14, 256, 3), None, None),
+    }
 if TINY:
     LAYERS = {"tiny": (Layer(2, 4, 6, 8, 3), 1, 1), "depthwise": (Layer(1, 8, 6, 8, 3, 2, 8), 1, 1)}
 
@@ -45,20 +52,14 @@ if TINY:
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer(measure, name, four_bits):
     layer, *aims = LAYERS[name]
-    args = (*layer.integers(four_bits), layer.window)
-
-    def check():
-        y = qconv2d(*args)
-        with _backend.use("reference"):
-            torch.testing.assert_close(y, qconv2d(*args), rtol=0, atol=0)
-
+    args = layer.integers(four_bits)
     measure(
         Case(
             op="qconv2d",
             name=f"{name}, {'W4A8' if four_bits else 'W8A8'}",
             size=str(layer),
-            run=partial(qconv2d, *args),
-            check=check,
+            run=partial(qconv2d, *args, layer.window),
+            check=partial(layer.check, *args),
             baselines=layer.baselines(*aims),
             elements=args[0].numel(),
             extra={"operations": layer.operations},

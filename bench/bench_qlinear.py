@@ -1,5 +1,9 @@
-"""qlinear against floating point: the classifiers of networks."""
+"""qlinear against floating point: the classifiers of networks, and on a GPU a large square.
 
+The gate on a GPU is the reference on the CPU, for the first rows.
+"""
+
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.harness import Baseline, Case, choose
-from bench.settings import DEVICE
+from bench.settings import DEVICE, TINY
 from dfq_kernels import Epilogue, _backend, integer_weight, prepack, qlinear
 
 SHAPES = {  # rows, inputs, outputs
@@ -15,6 +19,9 @@ SHAPES = {  # rows, inputs, outputs
     "ResNet-18, batch 1": choose(tiny=(1, 20, 5), usual=(1, 512, 1000))[0],
     "square": choose(tiny=(17, 40, 33), usual=(1024, 1024, 1024))[0],
 }
+if DEVICE == "cuda" and not TINY:
+    SHAPES |= {"large square": (8192, 8192, 8192), "ResNet-50, batch 256": (256, 2048, 1000)}
+CHECKED = slice(None if DEVICE == "cpu" else 16)
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["w8", "w4"])
@@ -29,9 +36,12 @@ def test_layer(measure, name, four_bits):
     args = (x, prepack(integer_weight(values, four_bits=four_bits)), epilogue)
 
     def check():
-        y = qlinear(*args)
+        y = qlinear(*args)[CHECKED].cpu()
+        on_cpu = replace(epilogue, multiplier=multiplier.cpu(), bias=epilogue.bias.cpu())
+        weight = integer_weight(values.cpu(), four_bits=four_bits)
         with _backend.use("reference"):
-            torch.testing.assert_close(y, qlinear(*args), rtol=0, atol=0)
+            expected = qlinear(x[CHECKED].cpu(), weight, on_cpu)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
     def in_float(dtype):
         inputs_ = (x.to(dtype), values.to(dtype), epilogue.bias.to(dtype))

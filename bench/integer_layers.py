@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,9 +10,12 @@ import torch.nn.functional as F
 
 from bench.harness import Baseline
 from bench.settings import DEVICE
-from dfq_kernels import Epilogue, Int8Grid, Window, integer_weight, prepack
+from dfq_kernels import Epilogue, Int8Grid, Window, _backend, integer_weight, prepack, qconv2d
 
 GRID = Int8Grid(-128)
+CHECKED = slice(None if DEVICE == "cpu" else 2)  # images
+if DEVICE == "cuda":
+    torch.backends.cudnn.benchmark = True  # the fastest that floating point has
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,16 @@ class Layer:
         multiplier = torch.rand(self.outputs, device=DEVICE) / 5000
         epilogue = Epilogue(multiplier, torch.randn_like(multiplier), None, True, GRID)
         return x.contiguous(memory_format=torch.channels_last), weight, epilogue
+
+    def check(self, x, weight, epilogue):
+        """That the op gives what the reference gives on the CPU, on a GPU for the first images."""
+        y = qconv2d(x, weight, epilogue, self.window)[CHECKED].cpu()
+        weight = replace(weight, values=weight.values.cpu(), prepacked=None)
+        multiplier, bias = epilogue.multiplier.cpu(), epilogue.bias.cpu()
+        epilogue = replace(epilogue, multiplier=multiplier, bias=bias)
+        with _backend.use("reference"):
+            expected = qconv2d(x[CHECKED].cpu(), weight, epilogue, self.window)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
     def in_float(self, dtype):
         """A run of the convolution and its ReLU in floating point."""
