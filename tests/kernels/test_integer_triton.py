@@ -6,6 +6,7 @@ import torch
 from conftest import BACKENDS
 from hypothesis import strategies as st
 from integer_cases import X_ZEROS, assert_same, epilogues, int8, weights
+from integer_layer_cases import LAYERS, arguments, images, packed_arguments, x_zero
 
 pytest.importorskip("triton")
 from dfq_kernels import _backend
@@ -16,10 +17,6 @@ from dfq_kernels.qconv2d import Window, qconv2d
 from dfq_kernels.qlinear import qlinear
 
 DESCRIPTORS, POINTERS, STEM = "run_descriptors", "run_pointers", "run_stem"
-
-
-def images(shape, rng=None, low=-128, high=127):
-    return int8(shape, rng, low, high).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.fixture
@@ -50,52 +47,28 @@ def _both(op, *args, **options):
         assert_same(op(*args, **options), expected)
 
 
-LAYERS = {  # x, weights, window, the kernel of sm_90
-    "3x3": ((2, 64, 5, 4), (48, 3, 3, 64), Window(padding=(1, 1)), DESCRIPTORS),
-    "3x3 of few pixels": ((1, 128, 3, 3), (40, 3, 3, 128), Window(padding=(1, 1)), DESCRIPTORS),
-    "3x3 of 48": ((2, 48, 5, 4), (70, 3, 3, 48), Window(padding=(2, 1)), DESCRIPTORS),
-    "stride 2": ((2, 64, 6, 4), (48, 3, 3, 64), Window((2, 2), (1, 1)), DESCRIPTORS),
-    "dilated": ((1, 96, 4, 4), (20, 3, 2, 96), Window((2, 2), (2, 1), (2, 1)), DESCRIPTORS),
-    "1x1": ((2, 64, 5, 4), (80, 1, 1, 64), Window(), DESCRIPTORS),
-    "shortcut": ((1, 32, 4, 6), (32, 1, 1, 32), Window((2, 2)), DESCRIPTORS),
-    "odd stride 2": ((1, 64, 5, 4), (40, 3, 3, 64), Window((2, 2), (1, 1)), POINTERS),
-    "stem": ((2, 3, 9, 8), (20, 7, 7, 3), Window((2, 2), (3, 3)), STEM),
-    "stem of 4": ((1, 4, 5, 6), (70, 3, 3, 4), Window((1, 2), (2, 1), (2, 1)), STEM),
-    "gray stem": ((3, 1, 4, 5), (16, 5, 8, 1), Window(padding=(2, 4)), STEM),
-    "49 taps": ((1, 5, 5, 5), (16, 7, 7, 5), Window(padding=(3, 3)), POINTERS),
-    "odd": ((2, 20, 4, 5), (17, 2, 3, 20), Window((2, 1), (1, 2), (2, 1)), POINTERS),
-    "odd 1x1": ((2, 33, 5, 4), (32, 1, 1, 33), Window((2, 2)), POINTERS),
-    "padded 1x1": ((1, 8, 3, 3), (16, 1, 1, 8), Window((2, 3), (2, 1)), POINTERS),
-    "wider than x": ((1, 8, 3, 3), (16, 5, 5, 8), Window(padding=(4, 4)), POINTERS),
-    "grouped": ((1, 64, 4, 4), (32, 3, 3, 16), Window(padding=(1, 1), groups=4), POINTERS),
-    "small groups": ((1, 9, 3, 4), (15, 2, 2, 3), Window(groups=3), POINTERS),
-    "large groups": ((1, 96, 3, 3), (72, 3, 3, 48), Window(padding=(1, 1), groups=2), POINTERS),
-    "part of a block": ((1, 34, 4, 5), (34, 3, 3, 2), Window(padding=(1, 1), groups=17), POINTERS),
-}
+STEMS = ("stem", "stem of 4", "gray stem")
+POINTERS_ALONE = (  # also where there are descriptors
+    *("odd stride 2", "49 taps", "odd", "odd 1x1", "padded 1x1", "wider than x"),
+    *("grouped", "small groups", "large groups", "part of a block"),
+)
+
+
+def _kernel_of(layer, four_bits, sm):
+    if layer in STEMS:
+        return STEM
+    channels = LAYERS[layer][0][1]
+    across_taps = four_bits and channels % 64 and layer != "1x1"
+    return POINTERS if sm == 80 or layer in POINTERS_ALONE or across_taps else DESCRIPTORS
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["w8", "w4"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers(layer, four_bits, sm, runs):
-    x_shape, weight_shape, window, kernel = LAYERS[layer]
     turn = list(LAYERS).index(layer) + four_bits  # every combination somewhere
-    half = 8 if four_bits else 128
-    zero = int8(weight_shape[:1], None, -half, half - 1) if turn % 2 else None
-    weight = integer_weight(int8(weight_shape, None, -half, half - 1), zero, four_bits=four_bits)
-    shape = (x_shape[0], weight_shape[0], *window.output_size(x_shape[2:], weight_shape[1:3]))
-    multiplier = torch.rand(shape[1]) / half / torch.Size(weight_shape[1:]).numel() ** 0.5
-    epilogue = Epilogue(
-        multiplier,
-        torch.randn(shape[1]) if turn % 5 else None,
-        Residual(images(shape), 0.3, -5) if turn % 2 else None,
-        turn % 4 == 0,
-        None if turn % 3 == 0 else Int8Grid(-5, -100, 90),
-    )
-    _both(qconv2d, images(x_shape), weight, epilogue, window, x_zero=(0, 3, -128)[turn % 3])
-    packed_across_taps = four_bits and weight_shape[3] % 64 and layer != "1x1"
-    if kernel == DESCRIPTORS and (sm == 80 or packed_across_taps):
-        kernel = POINTERS
-    assert runs == [kernel]
+    args = arguments(LAYERS[layer], turn, four_bits=four_bits)
+    _both(qconv2d, *args, x_zero=x_zero(turn))
+    assert runs == [_kernel_of(layer, four_bits, sm)]
 
 
 @hypothesis.given(data=st.data())
@@ -116,7 +89,7 @@ def test_any_layer(data):
     batch = draw(st.sampled_from([0, 1, 2]))
     weight = draw(weights(rng, (groups * outputs, *kernel, inputs)))
     epilogue = draw(epilogues(rng, weight, (batch, groups * outputs, *output_size)))
-    x = images((batch, groups * inputs, *size), rng)
+    x = images((batch, groups * inputs, *size))
     _both(qconv2d, x, weight, epilogue, window, x_zero=draw(st.sampled_from(X_ZEROS)))
 
 
@@ -136,15 +109,9 @@ def test_linear(rows, inputs, outputs, four_bits, sm):
 @pytest.mark.parametrize("w4", [False, True], ids=["w8", "w4"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_packed_activations(w4, stride, sm):
-    shape = (64, 2, 2, 64)
-    weight = integer_weight(int8(shape, None, -8, 7), int8((64,), None, -8, 7), four_bits=w4)
-    window = Window((stride, stride), (1, 1))
-    added = images((2, 64, *window.output_size((2, 4), (2, 2))), None, -8, 7)
-    for pack_residual, grid in ((w4, Int8Grid(-2, -8, 7, True)), (True, Int8Grid(3))):
-        residual = Residual(pack_channels(added) if pack_residual else added, 0.4, 5)
-        epilogue = Epilogue(torch.rand(64) / 150, torch.randn(64), residual, False, grid)
-        x = pack_channels(images((2, 64, 2, 4), None, -8, 7))
-        _both(qconv2d, x, weight, epilogue, window, x_zero=-3)
+    for out in (True, False):
+        args = packed_arguments(stride, four_bits=w4, out=out)
+        _both(qconv2d, *args, x_zero=-3)
     rows = pack_channels(int8((5, 128), None, -8, 7), -1)
     weight = integer_weight(int8((192, 128), None, -8, 7), four_bits=w4)
     grid = Int8Grid(1, -7, 7, True)
@@ -156,7 +123,7 @@ def test_offsets_beyond_32_bits(layer, monkeypatch):
     """The same layers as if their offsets were."""
     monkeypatch.setattr(integer_layer, "architecture", lambda x: 80)
     monkeypatch.setattr(integer_pointers, "reaches_far", lambda layer, tile: True)
-    x_shape, weight_shape, window, _ = LAYERS[layer]
+    x_shape, weight_shape, window = LAYERS[layer]
     weight = integer_weight(int8(weight_shape, None))
     epilogue = Epilogue(torch.rand(weight_shape[0]))
     _both(qconv2d, images(x_shape), weight, epilogue, window, x_zero=-1)
