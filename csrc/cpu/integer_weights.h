@@ -12,10 +12,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "common.h"
 #include "core/nibbles.h"
+#include "packed_channels.h"
 
 namespace dfq {
 
@@ -79,14 +82,43 @@ struct StoredWeights {
   bool four_bits;
   int64_t row_elements;
 
-  int8_t operator()(int64_t row, int64_t k) const {
-    if (four_bits) {
-      const uint8_t* bytes = data<uint8_t>(tensor) + row * packed_size(row_elements);
-      return unpack_nibble(bytes[packed_byte(k)], packed_in_upper(k));
+  // A row as int8; `buffer` has room for it where it must be unpacked.
+  const int8_t* row(int64_t index, std::vector<int8_t>& buffer) const {
+    if (!four_bits) {
+      return data<int8_t>(tensor) + index * row_elements;
     }
-    return data<int8_t>(tensor)[row * row_elements + k];
+    const int64_t bytes = packed_size(row_elements);
+    buffer.resize(2 * bytes);
+    run<UnpackChannels>(data<uint8_t>(tensor) + index * bytes, bytes / kHalfBlock, buffer.data());
+    return buffer.data();
   }
 };
+
+// One channel's bytes of each word; `to` is where its first word begins.
+inline void place_row(const Filter& filter, const int8_t* from, int8_t* to) {
+  if (filter.depthwise()) {
+    for (int64_t run = 0; run < filter.runs(); ++run) {
+      for (int64_t at = 0; at < 4; ++at) {
+        int64_t k;
+        if (filter.place(run, at, &k)) {
+          to[run * kWordBytes + at] = from[k];
+        }
+      }
+    }
+    return;
+  }
+  const int64_t whole = filter.run_bytes() / 4, rest = filter.run_bytes() % 4;
+  for (int64_t run = 0; run < filter.runs(); ++run) {
+    for (int64_t word = 0; word < whole; ++word, from += 4, to += kWordBytes) {
+      std::memcpy(to, from, 4);
+    }
+    if (rest) {
+      std::memcpy(to, from, rest);
+      from += rest;
+      to += kWordBytes;
+    }
+  }
+}
 
 // The 64 bytes of each word of one block; returns through `sums` those of its channels.
 inline void prepack_block(const Filter& filter, const StoredWeights& weights, int64_t block,
@@ -95,22 +127,25 @@ inline void prepack_block(const Filter& filter, const StoredWeights& weights, in
   const int64_t group = block / filter.group_blocks();
   const int64_t first = block % filter.group_blocks() * kLanes;
   const int64_t channels = std::min<int64_t>(kLanes, filter.group_out() - first);
+  std::vector<int8_t> buffer;
   for (int64_t c = 0; c < channels; ++c) {
-    const int64_t row = group * filter.group_out() + first + c;
-    int32_t sum = 0;
-    for (int64_t run = 0; run < filter.runs(); ++run) {
-      for (int64_t at = 0; at < filter.run_words() * 4; ++at) {
-        int64_t k;
-        if (filter.place(run, at, &k)) {
-          const int8_t weight = weights(row, k);
-          words[((run * filter.run_words() + at / 4) * kLanes + c) * 4 + at % 4] = weight;
-          sum += weight;
-        }
-      }
-    }
-    sums[c] = sum;
+    const int8_t* row = weights.row(group * filter.group_out() + first + c, buffer);
+    place_row(filter, row, words.data() + 4 * c);
+    sums[c] = std::accumulate(row, row + filter.elements(), int32_t{0});
   }
 }
+
+// Two words in 64 bytes.
+struct PackBlock {
+  template <int W>
+  static DFQ_INLINE void run(const int8_t* from, int64_t bytes, int8_t* to) {
+    for (int64_t i = 0; i < bytes; i += kWordBytes, from += 2 * kWordBytes) {
+      for (int64_t j = 0; j < kWordBytes; ++j) {
+        to[i + j] = static_cast<int8_t>(pack_nibbles(from[j], from[kWordBytes + j]));
+      }
+    }
+  }
+};
 
 inline void prepack(const WeightLayout& layout, const StoredWeights& weights, int8_t* out) {
   const Filter& filter = layout.filter;
@@ -120,13 +155,10 @@ inline void prepack(const WeightLayout& layout, const StoredWeights& weights, in
     std::vector<int8_t> words((filter.words() + 1) * kWordBytes);
     prepack_block(filter, weights, block, words, sums + block * kLanes);
     int8_t* to = out + block * layout.block_bytes();
-    if (!layout.packed) {
+    if (layout.packed) {
+      run<PackBlock>(words.data(), layout.block_bytes(), to);
+    } else {
       std::copy_n(words.begin(), layout.block_bytes(), to);
-      return;
-    }
-    for (int64_t i = 0; i < layout.block_bytes(); ++i) {
-      const int64_t lower = i / kWordBytes * 2 * kWordBytes + i % kWordBytes;
-      to[i] = static_cast<int8_t>(pack_nibbles(words[lower], words[lower + kWordBytes]));
     }
   });
 }

@@ -44,7 +44,7 @@ def export_pt2(model: PackedModel, path: str | Path) -> None:
 
     ``torch.export.load(path).module()`` gives the bits of ``model``, after ``import dfq_kernels``,
     whose ops it calls. The file has the weights once, as they are saved; so what comes back lays
-    them out for the CPU's kernels in every call, which a packed model does once.
+    them out for the CPU's kernels in every call, and a packed model once.
     """
     device = next((t.device for t in model.buffers()), torch.device("cpu"))
     images = torch.zeros(2, *model.program.image, device=device)
