@@ -22,6 +22,17 @@ def round_half_even(value):
 
 
 @triton.jit
+def stored(value, low, high, zero):
+    """int8: the nearest integer plus ``zero``; ``low`` and ``high`` are bounds without it.
+
+    NaN becomes low. Bounds are integers within ±2^22.
+    """
+    # the lowest byte of the float is that of the integer: quicker than a conversion
+    shifted = clamp(value, low, high) + ROUNDING_SHIFT
+    return (shifted.to(tl.int32, bitcast=True) + zero).to(tl.int8)
+
+
+@triton.jit
 def make_grid(scale, zero_point, quant_min, quant_max):
     """What x must become: inverse and scale, and the bounds of the code minus zero_point."""
     # `/` is approximate on a GPU: triton-lang/triton#10661

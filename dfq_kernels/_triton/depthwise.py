@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from dfq_kernels._triton import depthwise_kernels as kernels
+from dfq_kernels._triton.integer_epilogue import empty_images, epilogue_arguments, neighbors
 from dfq_kernels._triton.launch import launch
 from dfq_kernels._triton.layout import block
 from dfq_kernels.packing import packed_size
@@ -50,8 +51,7 @@ def depthwise(
     size = window.output_size((x.shape[2], x.shape[3]), kernel)
     channels, taps = multiplier.shape[0], math.prod(kernel)
     dtype = torch.int8 if grid else torch.float32
-    shape = (x.shape[0], channels, *size)
-    y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_images(x, (x.shape[0], channels, *size), dtype)
     if y.numel() == 0:
         return y
     vector = vector_of(taps)
@@ -61,33 +61,29 @@ def depthwise(
     down, right = triton.cdiv(size[0], tall), triton.cdiv(size[1], broad)
     positions, across = x.shape[0] * down * right, triton.cdiv(channels, width)
     tiles = max(1, min(MOST_TILES, triton.cdiv(positions, rows) * across // ENOUGH_PROGRAMS))
+    unit = math.gcd(16, groups) if channels == groups else 1
     constants = {
         "KERNEL": kernel,
         "STRIDE": steps,
         "DILATION": gaps,
         "MULTIPLE": channels // groups,
         "ROW": packed_size(taps) if weight.dtype == torch.uint8 else taps,
-        "UNIT": math.gcd(16, groups) if channels == groups else 1,
-        "RELU": relu and not grid,
+        "UNIT": unit,
         "POSITIONS": rows,
         "CHANNELS": width,
     }
-    ends = None
-    if grid:  # ReLU: not below zero
-        zero, least, most = grid
-        ends = zero, float((max(least, zero) if relu else least) - zero), float(most - zero)
-    args = (
-        (x, x.shape[2], x.shape[3], x_zero),
-        (y, *size, ends),
-        (weight, weight_zero),
-        (multiplier, bias, residual, residual_multiplier, residual_zero),
-        (channels // constants["UNIT"], down, right, positions, tiles),
-        pads,
-    )
+    rest = multiplier, bias, residual, residual_multiplier, residual_zero, relu, grid
+    epilogue, stored = epilogue_arguments(y, rest)
+    constants |= stored
+    images = x, x.shape[2], x.shape[3], x_zero
+    walk = channels // unit, down, right, positions, tiles
+    filters = weight, neighbors(weight_zero)
     if taps > MOST_TAPS:
+        args = images, filters, walk, pads, epilogue
         launch(kernels.large, triton.cdiv(positions, rows) * across, x, *args, **constants)
         return y
     constants |= {"TALL": tall, "BROAD": broad}
+    args = images, filters, walk, size, pads, epilogue
     launch(kernels.blocks, triton.cdiv(positions, rows * tiles) * across, x, *args, **constants)
     return y
 

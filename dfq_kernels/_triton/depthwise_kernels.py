@@ -7,18 +7,18 @@ to all sums that it belongs to. In ``large``, for filters of any size, a positio
 Arguments that belong together come as a tuple:
 
     images      x, its height and width, x_zero
-    output      y, its height and width, and its grid as ``stored`` wants it; None for float32
     filters     weight and its zeros, or None
-    terms       multiplier, bias or None, residual or None, its multiplier and its zero
     walk        channels in units of UNIT; positions along the height of an image, along its width,
                 and in all; tiles of a program
+    out_size    height and width of the output
     padding     along height and width
+    epilogue    as ``finish`` takes it, and STORED
 """
 
 import triton
 import triton.language as tl
 
-from dfq_kernels._triton.rescale import rescale, stored
+from dfq_kernels._triton.integer_epilogue import channel_terms, finish
 
 
 @triton.jit
@@ -37,31 +37,6 @@ def _tap(filters, channel, known, index, ROW: tl.constexpr):
     return value
 
 
-@triton.jit
-def _affine(terms, channel, known):
-    """Multiplier and bias of each channel."""
-    multiplier, bias, _, _, _ = terms
-    shift = tl.zeros_like(channel).to(tl.float32)
-    if bias is not None:
-        shift = tl.load(bias + channel, mask=known, other=0.0)
-    return tl.load(multiplier + channel, mask=known, other=0.0), shift
-
-
-@triton.jit
-def _finish(sums, output, affine, terms, place, mask, RELU: tl.constexpr):
-    """Write the outputs at ``place``."""
-    y, _, _, grid = output
-    _, _, residual, residual_multiplier, residual_zero = terms
-    added = None
-    if residual is not None:
-        added = tl.load(residual + place, mask=mask, other=0)
-    value = rescale(sums, affine[0], affine[1], added, residual_multiplier, residual_zero, RELU)
-    if grid is not None:
-        tl.store(y + place, stored(value, grid), mask=mask)
-    else:
-        tl.store(y + place, value, mask=mask)
-
-
 @triton.constexpr_function
 def _tap_of(pixel, output, kernel, stride, dilation):
     """Which tap takes ``pixel`` to ``output``, (row, column) in a block; -1 if none does."""
@@ -77,7 +52,7 @@ def _tap_of(pixel, output, kernel, stride, dilation):
 @triton.jit
 def _plus(total, value, taps, TAP: tl.constexpr):
     if TAP >= 0:
-        total += value * taps[TAP]
+        total += value * taps[TAP][None, :]
     return total
 
 
@@ -95,58 +70,63 @@ def _add(sums, value, taps, PIXEL: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl
 
 @triton.jit
 def blocks(
-    images, output, filters, terms, walk, padding,
+    images, filters, walk, out_size, padding, epilogue,
     TALL: tl.constexpr, BROAD: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, MULTIPLE: tl.constexpr, ROW: tl.constexpr, UNIT: tl.constexpr,
-    RELU: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    STORED: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Program (tiles of positions, tile of channels)."""
     x, height, width, x_zero = images
-    _, out_height, out_width, _ = output
+    out_height, out_width = out_size
     channels, down, right, positions, tiles = walk
     channels *= UNIT
     inputs = channels // MULTIPLE
     across = tl.cdiv(channels, CHANNELS)
-    channel = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
-    affine = _affine(terms, channel, known)
     taps = ()
-    begin = tl.zeros((1, CHANNELS), tl.int32)  # of a sum: x_zero times the filter is taken from it
+    begin = tl.zeros((CHANNELS,), tl.int32)  # of a sum: x_zero times the filter is taken from it
     for i in tl.static_range(KERNEL[0] * KERNEL[1]):
         taps = taps + (_tap(filters, channel, known, i, ROW),)  # noqa: RUF005
         begin -= x_zero * taps[i]
-    begin = tl.broadcast_to(begin, (POSITIONS, CHANNELS))
+    begin = tl.broadcast_to(begin[None, :], (POSITIONS, CHANNELS))
+    terms = channel_terms(channel, known, epilogue[1], epilogue[2])
     nothing = tl.cast(x_zero, tl.int8)
     for tile in range(tiles):
         position = (tl.program_id(0) // across * tiles + tile) * POSITIONS
-        position += tl.arange(0, POSITIONS)[:, None]
-        there = known & (position < positions)
+        position += tl.arange(0, POSITIONS)
+        there = position < positions
         image = (position // (down * right)).to(tl.int64)
         top, left = position // right % down * TALL, position % right * BROAD
         row, column = top * STRIDE[0] - padding[0], left * STRIDE[1] - padding[1]
-        source = x + ((image * height + row) * width + column) * inputs + channel // MULTIPLE
+        corner = (image * height + row) * width + column
+        source = x + (corner * inputs)[:, None] + (channel // MULTIPLE)[None, :]
         sums = (begin,) * (TALL * BROAD)
         for v in tl.static_range((TALL - 1) * STRIDE[0] + (KERNEL[0] - 1) * DILATION[0] + 1):
             in_row = there & (row + v >= 0) & (row + v < height)
             for u in tl.static_range((BROAD - 1) * STRIDE[1] + (KERNEL[1] - 1) * DILATION[1] + 1):
-                mask = in_row & (column + u >= 0) & (column + u < width)
+                inside = in_row & (column + u >= 0) & (column + u < width)
+                mask = inside[:, None] & known[None, :]
                 at = source + (tl.cast(v * width, tl.int64) + u) * inputs
                 value = tl.load(at, mask=mask, other=nothing).to(tl.int32)
                 sums = _add(sums, value, taps, (v, u), (TALL, BROAD), (KERNEL, STRIDE, DILATION))
-        place = ((image * out_height + top) * out_width + left) * channels + channel
+        pixel = (image * out_height + top) * out_width + left
         for i in tl.static_range(TALL):
             for j in tl.static_range(BROAD):
-                mask = there & (top + i < out_height) & (left + j < out_width)
-                at = place + (tl.cast(i * out_width, tl.int64) + j) * channels
-                _finish(sums[i * BROAD + j], output, affine, terms, at, mask, RELU)
+                inside = there & (top + i < out_height) & (left + j < out_width)
+                at = pixel + (tl.cast(i * out_width, tl.int64) + j)
+                total = sums[i * BROAD + j]
+                finish(
+                    total, at, inside, channel, known, None, None, channels, epilogue, STORED, terms
+                )  # fmt: skip
 
 
 @triton.jit
 def large(
-    images, output, filters, terms, walk, padding,
+    images, filters, walk, padding, epilogue,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     DILATION: tl.constexpr, MULTIPLE: tl.constexpr, ROW: tl.constexpr, UNIT: tl.constexpr,
-    RELU: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    STORED: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of positions, tile of channels)."""
     x, height, width, x_zero = images
@@ -154,21 +134,23 @@ def large(
     channels *= UNIT
     inputs = channels // MULTIPLE
     across = tl.cdiv(channels, CHANNELS)
-    channel = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(0) % across * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < channels
-    position = tl.program_id(0) // across * POSITIONS + tl.arange(0, POSITIONS)[:, None]
-    there = known & (position < positions)
+    position = tl.program_id(0) // across * POSITIONS + tl.arange(0, POSITIONS)
+    there = position < positions
     image = (position // (down * right)).to(tl.int64)
     row = position // right % down * STRIDE[0] - padding[0]
     column = position % right * STRIDE[1] - padding[1]
-    source = x + ((image * height + row) * width + column) * inputs + channel // MULTIPLE
+    corner = (image * height + row) * width + column
+    source = x + (corner * inputs)[:, None] + (channel // MULTIPLE)[None, :]
     sums = tl.zeros((POSITIONS, CHANNELS), tl.int32)
     for tap in range(KERNEL[0] * KERNEL[1]):
         v, u = tap // KERNEL[1] * DILATION[0], tap % KERNEL[1] * DILATION[1]
-        mask = there & (row + v >= 0) & (row + v < height)
-        mask = mask & (column + u >= 0) & (column + u < width)
+        inside = there & (row + v >= 0) & (row + v < height)
+        inside = inside & (column + u >= 0) & (column + u < width)
+        mask = inside[:, None] & known[None, :]
         at = source + (tl.cast(v * width, tl.int64) + u) * inputs
         value = tl.load(at, mask=mask, other=tl.cast(x_zero, tl.int8)).to(tl.int32) - x_zero
-        sums += value * _tap(filters, channel, known, tap, ROW)
-    place = position.to(tl.int64) * channels + channel
-    _finish(sums, output, _affine(terms, channel, known), terms, place, there, RELU)
+        sums += value * _tap(filters, channel, known, tap, ROW)[None, :]
+    pixel = position.to(tl.int64)
+    finish(sums, pixel, there, channel, known, None, None, channels, epilogue, STORED)

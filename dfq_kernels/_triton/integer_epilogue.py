@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dfq_kernels._triton import arithmetic, integer_nibbles
-from dfq_kernels._triton.arithmetic import ROUNDING_SHIFT
 
 Epilogue = tuple[tuple[Any, ...], dict[str, Any]]  # values and constants of ``finish``
 
@@ -18,6 +17,7 @@ Epilogue = tuple[tuple[Any, ...], dict[str, Any]]  # values and constants of ``f
 def epilogue_arguments(y: Tensor, rest: tuple[Any, ...]) -> Epilogue:
     """From the last arguments of an op, multiplier to grid."""
     multiplier, bias, residual, residual_multiplier, residual_zero, relu, grid = rest
+    multiplier, bias = neighbors(multiplier), neighbors(bias)
     zero, low, high = grid[:3] or (0, 0, 0)
     least = max(low - zero, 0) if relu else low - zero  # ReLU is a bound among others
     bounds = (float(least), float(high - zero), zero)
@@ -26,18 +26,33 @@ def epilogue_arguments(y: Tensor, rest: tuple[Any, ...]) -> Epilogue:
     return (*values, *bounds), {"STORED": kind}
 
 
+def neighbors(values: Tensor | None) -> Tensor | None:
+    """A value for each channel, [O] or None, without gaps in memory."""
+    return None if values is None else values.contiguous()
+
+
 def empty_images(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """To be filled; in channels_last memory."""
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @triton.jit
+def channel_terms(channel, known_channel, multiplier, bias):
+    """Multiplier and bias of each channel."""
+    shift = tl.zeros((channel.shape[0],), tl.float32)  # without a bias too: -0 becomes 0
+    if bias is not None:
+        shift = tl.load(bias + channel, mask=known_channel, other=0.0)
+    return tl.load(multiplier + channel, mask=known_channel, other=0.0), shift
+
+
+@triton.jit
 def finish(
     sums, pixel, known_pixel, channel, known_channel, border, border_row, outputs, epilogue,
-    STORED: tl.constexpr,
+    STORED: tl.constexpr, terms=None,
 ):  # fmt: skip
     """Store the outputs of ``sums`` [pixels, channels]; ``pixel`` is int64.
 
+    ``terms`` are the ``channel_terms``, if the caller has them for several calls.
     To the sums ``border`` is added, [rows, outputs] or None: its row ``border_row`` of each pixel,
     or if that is None the first.
     """
@@ -49,11 +64,9 @@ def finish(
         else:
             place = border_row[:, None] * outputs + channel[None, :]
             sums += tl.load(border + place, mask=mask, other=0)
-    f = sums.to(tl.float32) * tl.load(multiplier + channel, mask=known_channel, other=0.0)[None, :]
-    if bias is not None:
-        f = f + tl.load(bias + channel, mask=known_channel, other=0.0)[None, :]
-    elif STORED == "float" or STORED == "relu":
-        f = f + 0.0  # -0 becomes 0
+    if terms is None:
+        terms = channel_terms(channel, known_channel, multiplier, bias)
+    f = sums.to(tl.float32) * terms[0][None, :] + terms[1][None, :]
     if residual is not None:
         if residual.dtype.element_ty == tl.uint8:
             place, inside = _bytes(pixel, known_pixel, channel, outputs)
@@ -64,9 +77,7 @@ def finish(
             added = tl.load(residual + place, mask=mask, other=0)
         f = f + (added.to(tl.float32) - residual_zero) * residual_multiplier
     if STORED == "int8" or STORED == "packed":
-        # the lowest byte of the rounded float holds the code
-        rounded = arithmetic.clamp(f, low, high) + ROUNDING_SHIFT
-        stored = (rounded.to(tl.int32, bitcast=True) + zero).to(tl.int8)
+        stored = arithmetic.stored(f, low, high, zero)
     elif STORED == "relu":
         stored = tl.where(f > 0, f, 0.0)
     else:

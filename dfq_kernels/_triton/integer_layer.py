@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dfq_kernels._triton.integer_border import border_table
 from dfq_kernels._triton.integer_descriptors import run_descriptors
-from dfq_kernels._triton.integer_epilogue import epilogue_arguments
+from dfq_kernels._triton.integer_epilogue import epilogue_arguments, neighbors
 from dfq_kernels._triton.integer_plan import Kind, Layer, architecture, plan
 from dfq_kernels._triton.integer_pointers import run_pointers
 from dfq_kernels._triton.qconv2d_stem import run_stem
@@ -28,7 +28,7 @@ def run_layer(
     """Fill ``y``. ``operands``: x, weight and its zero; ``rest``: the ops' last arguments."""
     if y.numel() == 0:
         return
-    x, weight, weight_zero = operands
+    x, weight, weight_zero = *operands[:2], neighbors(operands[2])
     residual, grid = rest[2], rest[-1]
     border = x_zero != 0 and layer.padded
     kind = Kind(
@@ -38,7 +38,7 @@ def run_layer(
         aligned=x.data_ptr() % 16 == 0 == weight.data_ptr() % 16,
     )
     chosen = plan(layer, kind, architecture(x))
-    tensors = (*operands, border_table(layer, weight, weight_zero, x_zero))
+    tensors = (x, weight, weight_zero, border_table(layer, weight, weight_zero, x_zero))
     epilogue = epilogue_arguments(y, rest)
     runs = {"descriptors": run_descriptors, "stem": run_stem, "pointers": run_pointers}
     runs[chosen.kernel](layer, chosen.tile, tensors, epilogue, ASSEMBLER)

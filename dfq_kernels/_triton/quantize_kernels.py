@@ -9,23 +9,23 @@ channels; the strides of x and pixels in units of VECTOR, channels in units of U
 import triton
 import triton.language as tl
 
-from dfq_kernels._triton.arithmetic import make_grid
+from dfq_kernels._triton.arithmetic import make_grid, stored
 from dfq_kernels._triton.fake_quantize_tiles import pointers, row_length
 from dfq_kernels._triton.layout import offsets
-from dfq_kernels._triton.rescale import stored
 
 
 @triton.jit
 def _grid(parameters):
-    """The inverse of scale, and the grid as ``stored`` wants it."""
+    """The inverse of scale, and the rest as ``stored`` wants it."""
     scale, zero_point, quant_min, quant_max, offset = parameters
     inverse, _, low, high = make_grid(tl.load(scale), tl.load(zero_point), quant_min, quant_max)
-    return inverse, ((quant_min - low).to(tl.int32) - offset, low, high)
+    return inverse, low, high, (quant_min - low).to(tl.int32) - offset
 
 
 @triton.jit
-def _codes(x, mask, inverse, grid):
-    return stored(tl.load(x, mask=mask).to(tl.float32) * inverse, grid)
+def _codes(x, mask, grid):
+    inverse, low, high, zero = grid
+    return stored(tl.load(x, mask=mask).to(tl.float32) * inverse, low, high, zero)
 
 
 @triton.jit
@@ -41,17 +41,17 @@ def rows(
         row += split // splits * ROWS
         split %= splits
     first = (split.to(tl.int64) if WIDE else split) * COLUMNS
-    inverse, grid = _grid(parameters)
+    grid = _grid(parameters)
     row = row.to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (first + column < length)
     source = pointers(x, row, first, walk, 0, CONTIGUOUS, VECTOR, COLUMNS)
-    tl.store((y + first) + row * length + column, _codes(source, mask, inverse, grid), mask=mask)
+    tl.store((y + first) + row * length + column, _codes(source, mask, grid), mask=mask)
     if REST:  # a constant  # noqa: SIM102
         if split == splits - 1:
             rest = length + tl.arange(0, VECTOR)
             mine = rest < walk[4][0]
-            tl.store(y + rest, _codes(x + rest, mine, inverse, grid), mask=mine)
+            tl.store(y + rest, _codes(x + rest, mine, grid), mask=mine)
 
 
 @triton.jit
@@ -75,10 +75,10 @@ def planes(
         x += first
     else:
         way = offsets(pixel, sizes, strides)
-    inverse, grid = _grid(parameters)
+    grid = _grid(parameters)
     source = x + (image * of_batch + channel.to(tl.int64)[:, None] * of_channel) * VECTOR + way
     mask = (channel < channels)[:, None] & (pixel < pixels)
-    codes = tl.trans(_codes(source, mask, inverse, grid))
+    codes = tl.trans(_codes(source, mask, grid))
     place = tl.arange(0, PIXELS).to(tl.int64)[:, None] * channels + channel
     mask = (pixel < pixels)[:, None] & (channel < channels)
     tl.store(y + (image * pixels + first) * channels + place, codes, mask=mask)

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dfq_kernels._triton.arithmetic import stored
 from dfq_kernels._triton.launch import launch
-from dfq_kernels._triton.rescale import stored
 
 VECTOR = 16  # bytes that a thread loads at once
 BLOCK = 8192  # bytes of a program: four vectors for each thread
@@ -22,7 +22,7 @@ def requantize(
     count = codes.numel()
     if count:
         programs = triton.cdiv(max(count // VECTOR, 1) * VECTOR, BLOCK)
-        grid = new_zero, float(low - new_zero), float(high - new_zero)
+        grid = float(low - new_zero), float(high - new_zero), new_zero
         args = codes, y, (scale, new_scale, float(zero)), grid, count // VECTOR, count % VECTOR
         constants = {"VECTOR": VECTOR, "BLOCK": BLOCK, "REST": count % VECTOR != 0}
         launch(kernel, programs, codes, *args, **constants)
@@ -52,4 +52,5 @@ def kernel(
 def _rewrite(codes, y, at, count, scale, inverse, zero, grid):
     mask = at < count
     value = (tl.load(codes + at, mask=mask).to(tl.float32) - zero) * scale * inverse
-    tl.store(y + at, stored(value, grid), mask=mask)
+    low, high, new_zero = grid
+    tl.store(y + at, stored(value, low, high, new_zero), mask=mask)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import BACKENDS
 from depthwise_cases import LAYERS, Layer
-from integer_cases import assert_same
+from integer_cases import assert_same, int8
 
 from dfq_kernels import _backend
 from dfq_kernels.qconv2d import Window, qconv2d_reference
@@ -41,6 +41,19 @@ def test_options(backend, number):
 
 def test_no_images(backend):
     _assert_parity(Layer((0, 3, 4, 5)).arguments(0))
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_gaps_between_the_terms_of_channels(backend, groups):
+    """As expanded and sliced vectors have them."""
+    args = list(Layer((1, 6, 4, 5)).arguments(15))
+    args[1] = int8((6, 3, 3, 6 // groups), None)
+    args[9] = groups
+    for at in (2, 10, 11):  # zeros, multiplier and bias
+        args[at] = args[at].repeat_interleave(3)[::3]
+    _assert_parity(args)
+    args[10] = args[10][:1].expand(6)
+    _assert_parity(args)
 
 
 LARGE = {  # more rows than a thread goes down
