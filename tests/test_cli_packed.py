@@ -106,7 +106,7 @@ def test_bench_of_a_run(run_folder, packed, tmp_path, capsys):
 
 
 def test_bench_of_a_file_has_no_float_beside_it(packed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "peaks", lambda *_: ({}, 1000))
+    monkeypatch.setattr(speed, "peaks", lambda *_: {})
     packed.save(tmp_path / "m.safetensors")
     rows = _bench(capsys, tmp_path / "m.safetensors")["rows"]
     assert [r["name"] for r in rows] == ["integers"] * 2
@@ -114,7 +114,7 @@ def test_bench_of_a_file_has_no_float_beside_it(packed, tmp_path, capsys, monkey
 
 
 def test_bench_prints_one_table(run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "peaks", lambda *_: ({}, 1000))
+    monkeypatch.setattr(speed, "peaks", lambda *_: {})
     monkeypatch.setattr(torch, "compile", lambda *_, **__: _fail("no compiler here\nat all"))
     words = ["bench", str(run_folder), "--batch", "2", "--turns", "1", "--device", "cpu"]
     assert main(words) == 0

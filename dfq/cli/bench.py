@@ -107,7 +107,9 @@ def _measure(target: Target, flags: BenchFlags, setting: speed.Setting) -> list[
     """A row for each batch and each way to run the network."""
     network = target.make().float().eval() if target.make else None
     shapes = [(batch, *target.image) for batch in flags.batch]
-    peaks, size = speed.peaks(target.packed, target.make, shapes, setting.threads)
+    on_cpu = setting.device.type == "cpu"
+    peaks = speed.peaks(target.packed, target.make, shapes, setting.threads) if on_cpu else {}
+    size = speed.file_bytes(target.packed)
     values = [] if network is None else network.state_dict().values()
     weights = sum(t.nbytes for t in values)
     sizes = {"integers": size, speed.FP32: weights, "bf16": weights // 2, "fp16": weights // 2}
@@ -118,10 +120,8 @@ def _measure(target: Target, flags: BenchFlags, setting: speed.Setting) -> list[
         fp32 = next((r.timing for r in results if r.name == speed.FP32), None)
         for result in results:
             row = {"target": target.name, "batch": shape[0], "name": result.name}
-            if setting.device.type == "cpu":
-                result = dataclasses.replace(
-                    result, peak=peaks[result.name][index] if result.name in peaks else None
-                )
+            if result.name in peaks:
+                result = dataclasses.replace(result, peak=peaks[result.name][index])
             rows.append(row | _figures(result, shape[0], fp32) | {"file": sizes.get(result.name)})
     return rows
 

@@ -53,7 +53,8 @@ def export_onnx(model: PackedModel, path: str | Path, *, int4: bool = False) -> 
     for step in model.program.steps:
         graph.convert(step)
     outputs = [graph.as_float(name) for name in output_names(model.program.output)]
-    given = tensors(model(torch.zeros(1, *model.program.image)))
+    device = next((t.device for t in model.buffers()), torch.device("cpu"))
+    given = tensors(model(torch.zeros(1, *model.program.image, device=device)))
     made = onnx.helper.make_graph(
         graph.nodes,
         "dfq",

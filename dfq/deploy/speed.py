@@ -181,8 +181,8 @@ def _float_layers(network: nn.Module, images: Tensor) -> list[tuple[str, Run]]:
 
 def peaks(
     packed: PackedModel, build: Make | None, images: Sequence[tuple[int, ...]], threads: int
-) -> tuple[Mapping[str, list[int | None]], int]:
-    """What each way of running takes of memory on a CPU, and the bytes of the integer model's file.
+) -> Mapping[str, list[int | None]]:
+    """What each way of running takes of memory on a CPU, for each shape of ``images``.
 
     Each runs in a process of its own. What counts is the most that lies in memory during a run,
     less what lay there before there was a model; a model is built or loaded before that run.
@@ -204,7 +204,15 @@ def peaks(
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=spawn) as pool:
                 found[name] = pool.submit(_peaks, way, images, threads).result()
-        return found, path.stat().st_size
+        return found
+
+
+def file_bytes(packed: PackedModel) -> int:
+    """Of the file that ``packed.save`` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        packed.save(path)
+        return path.stat().st_size
 
 
 def _peaks(

@@ -16,7 +16,7 @@ from dfq_kernels.qconv2d import Window, qconv2d
 from dfq_kernels.qlinear import qlinear
 from dfq_kernels.requantize import requantize
 
-PACKING = {"compiled": 60, "triton": 5, "cuda": 15}  # those of the fixture `backend` that can, and examples
+PACKING = {"compiled": 60, "triton": 5, "cuda": 15}  # of the fixture `backend`: examples
 LAST = torch.channels_last
 
 
