@@ -59,7 +59,7 @@ def test_layers(backend, layer, four_bits):
 
 
 @backends
-@pytest.mark.parametrize("layer", ["3x3", "stride 2", "stem", "odd", "1x1", "grouped"][FEW])
+@pytest.mark.parametrize("layer", ["3x3", "part of a block", "stride 2", "stem", "odd", "1x1"][FEW])
 def test_small_shapes(backend, layer):
     """Enough for a memory checker, which is slow."""
     args = arguments(LAYERS[layer], 1)
