@@ -11,7 +11,7 @@ from dfq_kernels.batch_norm import batch_norm, batch_norm_statistics
 from dfq_kernels.fake_quantize import fake_quantize
 from dfq_kernels.fake_quantize_all import fake_quantize_all
 from dfq_kernels.integer import Epilogue, Int8Grid, IntegerWeight, Residual, integer_weight, prepack
-from dfq_kernels.packing import pack_int4, unpack_int4
+from dfq_kernels.packing import pack_channels, pack_int4, unpack_channels, unpack_int4
 from dfq_kernels.qconv2d import Window, qconv2d
 from dfq_kernels.qlinear import qlinear
 from dfq_kernels.quantize import dequantize, quantize
@@ -29,11 +29,13 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_all",
     "integer_weight",
+    "pack_channels",
     "pack_int4",
     "prepack",
     "qconv2d",
     "qlinear",
     "quantize",
     "requantize",
+    "unpack_channels",
     "unpack_int4",
 ]

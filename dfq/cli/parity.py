@@ -17,6 +17,7 @@ from dfq_kernels import (
     fake_quantize,
     fake_quantize_all,
     integer_weight,
+    pack_channels,
     qconv2d,
     qlinear,
     quantize,
@@ -140,6 +141,16 @@ def _qconv2d(x: Tensor, grad: Tensor) -> Results:
             for grid in (None, Int8Grid(-3, -128, 127)):
                 epilogue = Epilogue(multiplier, bias, relu=grid is None, grid=grid)
                 yield name, qconv2d(_codes(x, 3, 15, 0), weight, epilogue, window, x_zero=3)
+    yield "y, two in a byte,", _packed(x)
+
+
+def _packed(x: Tensor) -> Tensor:
+    """Of a layer of 64 channels whose activations have 4 bits."""
+    codes = _codes(x.repeat(1, 64, 1, 1)[:, :64], 3, 15, 8)
+    values = torch.arange(64 * 64, device=x.device).remainder(15).sub(7).to(torch.int8)
+    weight = integer_weight(values.view(64, 1, 1, 64))
+    multiplier, grid = torch.full((64,), 1 / 30, device=x.device), Int8Grid(0, -8, 7, packed=True)
+    return qconv2d(pack_channels(codes), weight, Epilogue(multiplier, grid=grid), x_zero=-5)
 
 
 def _qlinear(x: Tensor, grad: Tensor) -> Results:
