@@ -1,17 +1,10 @@
 // Values of 16 bits in memory, float32 in registers. To store rounds half to even; NaN stays NaN.
 #pragma once
 
+#include "core/storage.h"
 #include "lanes.h"
 
 namespace dfq {
-
-// Storage types; arithmetic is always float32.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
 
 // Sixteen-bit values into the upper halves of words, and back: one permutation each.
 template <int W, int... I>
