@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cuda_emulation
 import hypothesis
 import pytest
 import torch
@@ -92,6 +93,14 @@ def test_planes_become_pixels(backend, shape, dtype):
             _assert_parity(view, *grid)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_order_of_threads_changes_a_code(shape):
+    """What a block brings into shared memory is all there before it is read."""
+    with cuda_emulation.use(), cuda_emulation.backwards():
+        x = torch.randn(SHAPES[shape]) * 9
+        _assert_parity(x, torch.tensor([0.1]), torch.tensor([77.0]), 0, 255, 128)
+
+
 @pytest.mark.parametrize("size", [1, 4095, 4096, 16_384, 16_391])
 def test_blocks_and_what_is_left(backend, size):
     x = torch.randn(size + 1)
@@ -99,6 +108,7 @@ def test_blocks_and_what_is_left(backend, size):
         _assert_parity(part, torch.tensor([0.1]), torch.zeros(1), -8, 7, 0)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")  # of the interpreter
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=DTYPE_IDS[1:])
 def test_every_half_and_bfloat16(backend, dtype, grid):
