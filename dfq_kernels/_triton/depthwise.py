@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -54,13 +55,7 @@ def depthwise(
     y = empty_images(x, (x.shape[0], channels, *size), dtype)
     if y.numel() == 0:
         return y
-    vector = vector_of(taps)
-    tall, broad = blocks_of(size, kernel, steps, gaps, x.shape[0] * channels)
-    width = min(triton.next_power_of_2(channels), block(channels, MOST_CHANNELS))
-    rows = THREADS * vector // width
-    down, right = triton.cdiv(size[0], tall), triton.cdiv(size[1], broad)
-    positions, across = x.shape[0] * down * right, triton.cdiv(channels, width)
-    tiles = max(1, min(MOST_TILES, triton.cdiv(positions, rows) * across // ENOUGH_PROGRAMS))
+    cut = _cut(size, kernel, steps, gaps, (x.shape[0], channels))
     unit = math.gcd(16, groups) if channels == groups else 1
     constants = {
         "KERNEL": kernel,
@@ -69,23 +64,58 @@ def depthwise(
         "MULTIPLE": channels // groups,
         "ROW": packed_size(taps) if weight.dtype == torch.uint8 else taps,
         "UNIT": unit,
-        "POSITIONS": rows,
-        "CHANNELS": width,
+        "POSITIONS": cut.rows,
+        "CHANNELS": cut.width,
     }
     rest = multiplier, bias, residual, residual_multiplier, residual_zero, relu, grid
     epilogue, stored = epilogue_arguments(y, rest)
     constants |= stored
     images = x, x.shape[2], x.shape[3], x_zero
-    walk = channels // unit, down, right, positions, tiles
+    walk = channels // unit, cut.down, cut.right, cut.positions, cut.tiles
     filters = weight, neighbors(weight_zero)
     if taps > MOST_TAPS:
         args = images, filters, walk, pads, epilogue
-        launch(kernels.large, triton.cdiv(positions, rows) * across, x, *args, **constants)
+        launch(kernels.large, cut.programs, x, *args, **constants)
         return y
-    constants |= {"TALL": tall, "BROAD": broad}
+    constants |= {"TALL": cut.block[0], "BROAD": cut.block[1]}
     args = images, filters, walk, size, pads, epilogue
-    launch(kernels.blocks, triton.cdiv(positions, rows * tiles) * across, x, *args, **constants)
+    launch(kernels.blocks, cut.programs, x, *args, **constants)
     return y
+
+
+@dataclass(frozen=True)
+class Cut:
+    """An output in blocks, these in tiles, and how many of them a program takes."""
+
+    block: tuple[int, int]
+    rows: int  # of a tile: positions,
+    width: int  # and channels
+    down: int  # positions along the height of an image
+    right: int
+    positions: int  # of all images
+    tiles: int  # of a program
+    programs: int
+
+
+def _cut(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    others: tuple[int, int],
+) -> Cut:
+    """Of outputs of ``size`` in so many images and channels, ``others``."""
+    batch, channels = others
+    taps = math.prod(kernel)
+    block_ = blocks_of(size, kernel, stride, dilation, batch * channels)
+    width = min(triton.next_power_of_2(channels), block(channels, MOST_CHANNELS))
+    rows = THREADS * vector_of(taps) // width
+    down, right = (triton.cdiv(n, b) for n, b in zip(size, block_, strict=True))
+    positions, across = batch * down * right, triton.cdiv(channels, width)
+    programs = triton.cdiv(positions, rows) * across
+    tiles = 1 if taps > MOST_TAPS else max(1, min(MOST_TILES, programs // ENOUGH_PROGRAMS))
+    programs = triton.cdiv(positions, rows * tiles) * across
+    return Cut(block_, rows, width, down, right, positions, tiles, programs)
 
 
 def vector_of(taps: int) -> int:
