@@ -43,6 +43,7 @@ def test_a_run_writes_all_of_its_files(tmp_path):
         "metrics.jsonl",
         "images.npz",
         "model.safetensors",
+        "packed.safetensors",
     }
     stored = np.load(out / "images.npz")
     np.testing.assert_array_equal(stored["images"], run.images.images)

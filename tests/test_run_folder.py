@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import dfq
 from dfq.evaluate import evaluate
 from dfq.methods import METHODS
 from dfq.pipeline import Request, Source, execute, load_student, quantize
@@ -71,6 +72,23 @@ def test_a_damaged_student_is_refused(tmp_path, damage):
         load_student(tmp_path)
 
 
+def test_the_integers_of_a_run_are_in_its_folder(tmp_path):
+    run = _quantize(out=tmp_path)
+    images = torch.randn(4, *DATA.shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(dfq.load(tmp_path / "packed.safetensors")(images), run.freeze()(images))
+
+
+def test_a_model_that_cannot_be_traced_has_no_integers_and_the_run_says_so(tmp_path):
+    class Untraceable(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.mean() > -100 else -x)
+
+    run = quantize(Untraceable(*network()), DATA, "w3a3", "tiny", out=tmp_path)
+    assert not (tmp_path / "packed.safetensors").exists()
+    assert "there is no packed.safetensors" in run.results["warnings"][-1]
+    assert json.loads((tmp_path / "result.json").read_text())["warnings"] == run.results["warnings"]
+
+
 def test_save_writes_a_run_later(tmp_path):
     run = _quantize()
     run.save(tmp_path / "run")
@@ -78,6 +96,7 @@ def test_save_writes_a_run_later(tmp_path):
         "result.json",
         "images.npz",
         "model.safetensors",
+        "packed.safetensors",
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from dfq.cli.flags import ExportFlags, parse
 from dfq.deploy import PackedModel, freeze, load
 from dfq.pipeline import load_student
+from dfq.pipeline.folder import PACKED
 from dfq.types import InputError
 
 
@@ -38,6 +39,8 @@ def load_packed(target: Path) -> PackedModel:
     Raises:
         InputError: it is neither, or the run's network cannot be rebuilt or told as data.
     """
+    if (target / PACKED).is_file():
+        return load(target / PACKED)
     if target.is_dir():
         student, data = load_student(target)
         return freeze(student, data.shape)

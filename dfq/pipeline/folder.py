@@ -4,6 +4,7 @@ result.json        accuracies, seconds, seed, versions, the whole configuration;
 metrics.jsonl      losses and measures every few steps
 images.npz         the synthetic images, see :mod:`dfq.pipeline.images`
 model.safetensors  the student's state_dict, and in its header what rebuilds the network
+packed.safetensors the student as integers, for :func:`dfq.load`; if its graph can be traced
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dfq.prepare import prepare
 from dfq.types import DataSpec, Images, InputError
 
 FORMAT = 1  # of the header of model.safetensors
-RESULT, METRICS, IMAGES, MODEL = "result.json", "metrics.jsonl", "images.npz", "model.safetensors"
+RESULT, METRICS, IMAGES = "result.json", "metrics.jsonl", "images.npz"
+MODEL, PACKED = "model.safetensors", "packed.safetensors"
 # two runs with equal values of these are the same run and give the same student
 GRID = ("data", "bits", "protocol", "edge_bits", "scales")
 IDENTITY = (

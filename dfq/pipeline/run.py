@@ -67,8 +67,17 @@ class Run:
         folder = Path(folder)
         folders.check(folder, self.results, overwrite)
         folder.mkdir(parents=True, exist_ok=True)
-        folders.write_student(folder, self.student, self.images, self.results)
+        self._write_models(folder)
         folders.write_result(folder, self.results)
+
+    def _write_models(self, folder: Path) -> None:
+        folders.write_student(folder, self.student, self.images, self.results)
+        packed = folder / folders.PACKED
+        packed.unlink(missing_ok=True)
+        try:
+            self.freeze().save(packed)
+        except InputError as error:
+            self.results["warnings"].append(f"there is no {folders.PACKED}: {error}")
 
 
 def quantize(
@@ -152,7 +161,7 @@ def execute(model: nn.Module, data: DataSpec, request: Request, report: Report =
             folders.check(request.out, results, request.overwrite)
         run, clock = _learn(inputs.to(request.device), data, request, results, report)
         if request.out:
-            folders.write_student(request.out, run.student, run.images, results)
+            run._write_models(request.out)
         if request.eval_file:
             with clock.stage("evaluate"):
                 _measure(run, inputs.model, data, request)
