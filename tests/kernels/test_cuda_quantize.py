@@ -12,6 +12,7 @@ REGISTERS = {
     "quantize_any": {"": 40},
     "requantize_codes": {"": 40},
 }
+TURING = 64  # registers of a thread with which a processor of sm_75 still holds its 1024 threads
 LOADS = {"quantize_same": 4, "quantize_planes": 4, "requantize_codes": 2}  # of 16 bytes
 # Of a kernel with all its ways, of which a thread takes one, for its 16 elements of float32, and of
 # bfloat16 for 32; requantize_codes has 32.
@@ -34,12 +35,15 @@ def _of_ours(by_symbol):
 
 @pytest.mark.parametrize(("kernel", "storage"), ALL)
 def test_registers_and_no_stack(kernel, storage):
-    resources = cuda_code.resources()
-    found = [used for (symbol, _), used in resources.items() if _key(symbol) == (kernel, storage)]
+    found = {
+        gpu: used
+        for (symbol, gpu), used in cuda_code.resources().items()
+        if _key(symbol) == (kernel, storage)
+    }
     assert found
-    for used in found:
+    for gpu, used in found.items():
         assert used["STACK"] == used["LOCAL"] == 0
-        assert used["REG"] <= REGISTERS[kernel][storage]
+        assert used["REG"] <= (TURING if gpu == "sm_75" else REGISTERS[kernel][storage])
         assert used["SHARED"] <= (13 * 1024 if kernel == "quantize_planes" else 0) + 1024
 
 
