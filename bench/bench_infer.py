@@ -81,11 +81,9 @@ def torchao_int8(network, images):
         prepared = prepare_pt2e(torch.export.export(network, (images,)).module(), quantizer)
         prepared(images)
         lowered = compiled(convert_pt2e(prepared))
-        with inductor.patch(freezing=True):
-            lowered(images)
 
-    def run():
-        with torch.no_grad():
+    def run():  # another number of threads compiles it anew, so freezing is asked for each time
+        with torch.no_grad(), inductor.patch(freezing=True):
             return lowered(images)
 
     return run
