@@ -54,13 +54,14 @@ def export_onnx(model: PackedModel, path: str | Path, *, int4: bool = False) -> 
         graph.convert(step)
     outputs = [graph.as_float(name) for name in output_names(model.program.output)]
     device = next((t.device for t in model.buffers()), torch.device("cpu"))
+    read = {name for node in graph.nodes for name in node.input}
     given = tensors(model(torch.zeros(1, *model.program.image, device=device)))
     made = onnx.helper.make_graph(
         graph.nodes,
         "dfq",
         [_open(onnx, INPUT, 4)],
         [_open(onnx, name, value.ndim) for name, value in zip(outputs, given, strict=True)],
-        graph.initializers,
+        [constant for constant in graph.initializers if constant.name in read],
     )
     opset = [onnx.helper.make_opsetid("", OPSET)]
     whole = onnx.helper.make_model(made, opset_imports=opset, producer_name="dfq", ir_version=10)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dfq.deploy import export_onnx, freeze
+from dfq.models import build
+from dfq.prepare import calibrate, prepare
 from dfq.types import InputError
 from tests.deploy.nets import NETS
 from tests.deploy.test_freeze import IMAGE, images, student_of
@@ -70,6 +72,15 @@ def test_weights_are_stored_as_integers(tmp_path, int4):
             kinds.setdefault(onnx.TensorProto.DataType.Name(tensor.data_type), []).append(tensor)
     expected = {"INT8": 1, "INT4": 4} if int4 else {"INT8": 5}  # the first layer has 8 bits
     assert {kind: len(tensors) for kind, tensors in kinds.items()} == expected
+
+
+def test_every_constant_is_read(tmp_path):
+    student = prepare(build("cifar:resnet20", 10).eval(), "w4a4")  # its shortcuts pad integers
+    calibrate(student, images())
+    export_onnx(freeze(student, IMAGE), tmp_path / "m.onnx")
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    read = {name for node in graph.node for name in node.input}
+    assert {constant.name for constant in graph.initializer} <= read
 
 
 def test_a_channel_that_batch_norm_switches_off_keeps_its_bias(tmp_path):
