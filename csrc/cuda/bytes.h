@@ -20,18 +20,6 @@ DFQ_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t which) {
 #endif
 }
 
-// The sum of four products of int8, plus `sum`.
-DFQ_DEVICE int32_t dot_of_four(uint32_t a, uint32_t b, int32_t sum) {
-#if defined(__CUDA_ARCH__)
-  return __dp4a(static_cast<int32_t>(a), static_cast<int32_t>(b), sum);
-#else
-  for (int i = 0; i < 4; ++i) {
-    sum += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
-  }
-  return sum;
-#endif
-}
-
 // Byte i of word j becomes byte j of word i.
 DFQ_DEVICE void transpose_bytes(uint32_t (&words)[4]) {
   const uint32_t low[2] = {permute_bytes(words[0], words[1], 0x5140),

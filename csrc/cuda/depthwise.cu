@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "bytes.h"
+#include "core/fragments.h"
 #include "core/nibbles.h"
 #include "depthwise.h"
 #include "integer_output.h"
@@ -126,7 +127,7 @@ class Window {
     for (int r = 0; r < kSize; ++r) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        sum = dot_of_four(rows_[r][w][c], filters.word[r][w][c], sum);
+        sum = dot_int8(rows_[r][w][c], filters.word[r][w][c], sum);
       }
     }
     return sum;
@@ -137,7 +138,7 @@ class Window {
     for (int r = 0; r < kSize; ++r) {
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        sum = dot_of_four(rows_[r][w][c], Filters<kSize>::ones(w), sum);
+        sum = dot_int8(rows_[r][w][c], Filters<kSize>::ones(w), sum);
       }
     }
     return sum;
