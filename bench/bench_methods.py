@@ -3,7 +3,9 @@
 Every combination of the given methods, bits, protocols, efforts and seeds, one after the other,
 each in a process of its own, each appended to the record as soon as it is known; those that the
 record holds already are not run again. What is measured is the student after its last step. The
-method ``noise`` is the recipe on Gaussian images: what the learner alone can do.
+method ``noise`` is the recipe on Gaussian images: what the learner alone can do. ``dmkd:uniform``
+is ``dmkd`` with the changes of that name in ``VARIANTS`` to what the effort says. With ``--images``
+every run learns from the same images.
 
     python -m bench.bench_methods cifar:resnet20 --weights resnet20.th --shape 3,32,32 \\
         --classes 10 --mean .485,.456,.406 --std .229,.224,.225 --eval cifar10.npz \\
@@ -24,20 +26,42 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from bench import record
 from dfq.cli.memory import keep_freed_memory
+from dfq.distill.weighting import UNLEARNED, Objective, WeightInput
+from dfq.methods.dmkd import DMKD_BASELINES, DMKDConfig
 from dfq.models import load
-from dfq.pipeline import Request, Source, execute
+from dfq.pipeline import Request, Source, execute, suggest_config
 from dfq.pipeline.images import write_images
-from dfq.types import DataSpec, Images
+from dfq.pipeline.provenance import file_sha256
+from dfq.types import DataSpec, Images, InputError
 
-KEYS = ("model", "method", "bits", "protocol", "edge_bits", "effort", "seed")
+SETTINGS = ("bits", "protocol", "edge_bits", "effort", "seed")  # of the request
+KEYS = ("model", "method", *SETTINGS, "images_sha256")
 NOISE_IMAGES = 1024  # as many as the recipe distills
+
+
+def _weighing(config: DMKDConfig) -> dict[str, Any]:
+    """Every field but those that stay the effort's: how images are made and learned from."""
+    names = [field.name for field in fields(config)]
+    decided = ("generator", "student", "schedule")
+    return {name: getattr(config, name) for name in names if name not in decided}
+
+
+# method -> name -> what that variant changes in the config of an effort
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dmkd": {
+        **{name: {"objective": name} for name in get_args(Objective)},
+        **{name: {"weight_input": name} for name in get_args(WeightInput) if name not in UNLEARNED},
+        **{name: _weighing(config) for name, config in DMKD_BASELINES.items()},
+    }
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     flags.record.parent.mkdir(parents=True, exist_ok=True)
     known = list(record.read(flags.record.parent)) if flags.record.exists() else []
-    done = {tuple(line[key] for key in KEYS) for line in known}
+    done = {tuple(line.get(key) for key in KEYS) for line in known}  # --images came later
     failed = 0
     for case in _cases(flags):
         if tuple(case[key] for key in KEYS) in done:
@@ -75,16 +99,23 @@ def _flags(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mean", type=_numbers(float), default=())
     parser.add_argument("--std", type=_numbers(float), default=())
     parser.add_argument("--eval", type=Path, required=True)
-    parser.add_argument("--methods", type=_numbers(str), default=("recipe",))
+    methods = "as dfq quantize takes them, noise, or METHOD:VARIANT"
+    parser.add_argument("--methods", type=_numbers(str), default=("recipe",), help=methods)
     parser.add_argument("--bits", type=_numbers(str), default=("w4a4",))
     parser.add_argument("--protocols", type=_numbers(str), default=("brecq",))
     parser.add_argument("--efforts", type=_numbers(str), default=("default",))
     parser.add_argument("--edge-bits", type=int)
     parser.add_argument("--seeds", type=_numbers(int), default=(0, 1, 2))
+    parser.add_argument("--images", type=Path, help="as dfq quantize takes it; for every run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    flags = parser.parse_args(words)
+    if flags.images and "noise" in flags.methods:
+        parser.error("the images of noise are noise; leave out noise or --images.")
+    if flags.images and not flags.images.is_file():
+        parser.error(f"there is no image file {flags.images}; check --images.")
+    return flags
 
 
 def _numbers(kind: type) -> Any:
@@ -94,6 +125,7 @@ def _numbers(kind: type) -> Any:
 def _cases(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """In the order of seeds, so that the first rows of a table are there early."""
     lists = (flags.seeds, flags.protocols, flags.efforts, flags.bits, flags.methods)
+    digest = file_sha256(flags.images) if flags.images else None
     return [
         {
             "model": flags.model,
@@ -103,6 +135,8 @@ def _cases(flags: argparse.Namespace) -> list[dict[str, Any]]:
             "edge_bits": flags.edge_bits,
             "effort": effort,
             "seed": seed,
+            "images_file": flags.images.name if flags.images else None,
+            "images_sha256": digest,
         }
         for seed, protocol, effort, bits, method in itertools.product(*lists)
     ]
@@ -113,7 +147,7 @@ def _one(flags: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     data = DataSpec(flags.shape, flags.classes, flags.mean, flags.std)
     if case["method"] != "noise":
-        return _measure(flags, case, data, None)
+        return _measure(flags, case, data, flags.images)
     with tempfile.TemporaryDirectory() as folder:
         rng = torch.Generator().manual_seed(case["seed"])
         noise = torch.randn(NOISE_IMAGES, *data.shape, generator=rng)
@@ -123,13 +157,14 @@ def _one(flags: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(
-    flags: argparse.Namespace, case: dict[str, Any], data: DataSpec, noise: Path | None
+    flags: argparse.Namespace, case: dict[str, Any], data: DataSpec, images: Path | None
 ) -> dict[str, Any]:
-    wanted = {key: case[key] for key in KEYS if key not in ("model", "method")}
+    method, config = _method(case, data)
     request = Request(
-        **wanted,
-        method="recipe" if noise else case["method"],
-        images=noise,
+        **{key: case[key] for key in SETTINGS},
+        method=method,
+        config=config,
+        images=images,
         device="cpu",
         threads=flags.threads,
         eval_file=flags.eval,
@@ -153,10 +188,29 @@ def _measure(
     }
 
 
+def _method(case: dict[str, Any], data: DataSpec) -> tuple[str, Any]:
+    """The method that dfq knows, and its config.
+
+    Raises:
+        InputError: there is no such method, effort or variant.
+    """
+    name, _, variant = case["method"].partition(":")
+    if name == "noise":
+        name = "recipe"
+    config = suggest_config(name, case["effort"], maps=not data.classes)
+    if not variant:
+        return name, config
+    known = VARIANTS.get(name, {})
+    if variant not in known:
+        choices = f"choose from {', '.join(known)}" if known else "it has none"
+        raise InputError(f"{name} has no variant {variant!r}; {choices}.")
+    return name, replace(config, **known[variant])
+
+
 def _sentence(line: dict[str, Any]) -> str:
     drop = line["float_top1"] - line["student_top1"]
     return (
-        f"{line['method']:8s} {line['bits']} {line['protocol']} {line['effort']} "
+        f"{line['method']:16s} {line['bits']} {line['protocol']} {line['effort']} "
         f"seed {line['seed']}: {line['student_top1']:.1f} (packed {line['packed_top1']:.1f}, "
         f"nearest {line['nearest_top1']:.1f}, float less {drop:.1f}), {line['seconds']:.0f} s"
     )

@@ -43,9 +43,12 @@ def _setting(record: Record) -> tuple[Any, ...]:
     protocol = record["protocol"]
     if record["edge_bits"]:
         protocol = f"{protocol}, edges {record['edge_bits']} bits"
-    names = ("model", "bits", "effort", "method")
-    model, bits, effort, method = (record[name] for name in names)
-    return model, protocol, bits, effort, method
+    effort = record["effort"]
+    if record.get("images_file"):
+        effort = f"{effort}, images of {record['images_file']}"
+    names = ("model", "bits", "method", "images_sha256")
+    model, bits, method, digest = (record.get(name) for name in names)
+    return model, protocol, bits, effort, method, digest
 
 
 def _order(item: tuple[tuple[Any, ...], Sequence[Record]]) -> tuple[Any, ...]:
@@ -55,7 +58,7 @@ def _order(item: tuple[tuple[Any, ...], Sequence[Record]]) -> tuple[Any, ...]:
 
 
 def _row(setting: tuple[Any, ...], runs: Sequence[Record]) -> list[str]:
-    model, protocol, bits, effort, method = setting
+    model, protocol, bits, effort, method, _ = setting
     published = PUBLISHED.get((model, protocol, bits), ())
     return [
         *(model, protocol, bits, f"`{method}`", effort),

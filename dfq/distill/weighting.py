@@ -2,7 +2,8 @@
 
 The paper (doi:10.1007/978-981-99-8543-2_3) is known by its abstract: a tiny learnable
 full-precision network produces the factors that balance the losses of the teachers. What the
-network sees and what it minimizes is our reconstruction; each reading is a named choice here.
+network sees and what it minimizes is our reconstruction; each reading is a named choice here. Two
+choices beside them learn nothing: what any learned weights have to beat.
 """
 
 import math
@@ -12,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-WeightInput = Literal["image", "logits", "bank"]
-Objective = Literal["softmax", "uncertainty", "entropy", "adversarial"]
+WeightInput = Literal["image", "logits", "bank", "static", "random"]
+UNLEARNED = ("static", "random")  # of these
+Objective = Literal["softmax", "uncertainty", "entropy", "adversarial", "meta"]
 
 
 class TeacherWeightNet(nn.Module):
@@ -23,13 +25,32 @@ class TeacherWeightNet(nn.Module):
     the "logits" of all teachers and the student (two linear layers; does not grow with the
     image), or nothing, a learned "bank" of one score a teacher. The last layer starts at zero, so
     that all teachers start equal.
+
+    Two kinds have no parameters. "static": the softmax of the scores is ``static_weights`` over
+    their sum, or equal weights where none are given. "random": it is drawn by ``rng`` for every
+    image anew, evenly from all weights that sum to 1 (a Dirichlet distribution of ones).
     """
 
-    def __init__(self, kind: WeightInput, teachers: int, channels: int, classes: int):
+    scores: Tensor  # [teachers], of the kinds that have the same for every image
+
+    def __init__(
+        self,
+        kind: WeightInput,
+        teachers: int,
+        channels: int,
+        classes: int,
+        *,
+        static_weights: tuple[float, ...] = (),
+        rng: torch.Generator | None = None,
+    ):
         super().__init__()
-        self.kind = kind
+        self.kind, self.teachers, self.rng = kind, teachers, rng
+        if kind == "static":
+            weights = torch.tensor(static_weights or (1.0,) * teachers)
+            self.register_buffer("scores", weights.log())
         if kind == "bank":
             self.scores = nn.Parameter(torch.zeros(teachers))
+        if kind not in ("image", "logits"):
             return
         if kind == "image":
             widths = (channels, 16, 32, 64)
@@ -46,8 +67,11 @@ class TeacherWeightNet(nn.Module):
 
     def forward(self, images: Tensor, logits: Tensor) -> Tensor:
         """Scores of the teachers for each image; the objective turns them into weights."""
-        if self.kind == "bank":
+        if self.kind in ("bank", "static"):
             return self.scores.expand(len(images), -1)
+        if self.kind == "random":
+            draws = torch.empty(len(images), self.teachers).exponential_(generator=self.rng)
+            return draws.log().to(images.device)
         if self.kind == "image":
             return self.body(images)
         return self.body(logits.softmax(-1))
@@ -67,6 +91,8 @@ def weighted_divergence(
     - "entropy" (R3): ``sum_k a_k D_k - entropy_weight * H(a)``.
     - "adversarial" (R4): ``sum_k a_k D_k`` that the scores climb and the student descends: weight
       goes to the teacher matched worst.
+    - "meta" (R5): ``sum_k a_k D_k`` for the student alone. The scores learn from what a step of
+      the student does to other images: add ``a @ teacher_effects(...)`` of ``meta.py``.
     """
     if objective == "uncertainty":
         precision = torch.exp(-scores)
@@ -75,6 +101,8 @@ def weighted_divergence(
     if objective == "adversarial":
         scores = _reverse_gradient(scores)
     weights = scores.softmax(1)
+    if objective == "meta":
+        return (weights.detach() * divergence).sum(1), weights
     loss = (weights * divergence).sum(1)
     if objective == "entropy":
         loss = loss + entropy_weight * (weights * scores.log_softmax(1)).sum(1)

@@ -1,11 +1,18 @@
 """The table of accuracies, and the runner that fills its record."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from bench import bench_methods, method_tables
-from tests.tiny import FLAGS, MODEL, save_images
+from dfq.methods import METHODS
+from dfq.methods.dmkd import DMKD_BASELINES
+from dfq.pipeline.images import write_images
+from dfq.types import Images, InputError
+from tests.tiny import DATA, FLAGS, MODEL, save_images
 
 RUN = {
     "kind": "method",
@@ -60,6 +67,17 @@ def test_protocols_and_edges_are_never_in_one_row():
     assert rows[0][-1] == ""  # what others report of the other protocol
 
 
+def test_given_images_are_told_of_and_never_in_one_row_with_others():
+    given = {"images_file": "a.npz", "images_sha256": "0"}
+    changes = [{}, {"images_file": None, "images_sha256": None}, given, given]
+    rows = _rows(*changes, given | {"images_sha256": "1"})[2:]
+    assert [(row[4], row[9]) for row in rows] == [
+        ("default", "2"),
+        ("default, images of a.npz", "2"),
+        ("default, images of a.npz", "1"),
+    ]
+
+
 @pytest.fixture
 def words(tmp_path):
     record = tmp_path / "record.jsonl"
@@ -92,3 +110,87 @@ def test_a_run_that_fails_is_told_of_and_not_recorded(words, capsys, tmp_path):
     assert bench_methods.main([*words, "--seeds", "0"]) == 1
     assert "there is no method 'nonsense'" in capsys.readouterr().err
     assert not (tmp_path / "record.jsonl").exists()
+
+
+def _read(words):
+    with open(words[words.index("--record") + 1]) as file:
+        return [json.loads(line) for line in file]
+
+
+def _save(path, seed):
+    images = torch.randn(24, *DATA.shape, generator=torch.Generator().manual_seed(seed))
+    write_images(path, Images(images, torch.zeros(24, dtype=torch.int64)), DATA)
+    return path
+
+
+def test_every_run_learns_from_the_given_images(words, tmp_path):
+    first, second = (_save(tmp_path / f"{seed}.npz", seed) for seed in (1, 2))
+    words += ["--seeds", "0"]
+    for images in (first, first, second):  # the same again is not run again
+        assert bench_methods.main([*words, "--images", str(images)]) == 0
+    assert bench_methods.main(words) == 0
+    lines = _read(words)
+    assert [line["images_file"] for line in lines] == ["1.npz", "2.npz", None]
+    assert [line["images"] for line in lines] == [24, 24, 256]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (first, second)]
+    assert [line["images_sha256"] for line in lines] == [*digests, None]
+
+
+def test_lines_from_before_images_could_be_given_are_known(words):
+    flags = bench_methods._flags([*words, "--seeds", "0"])
+    (case,) = bench_methods._cases(flags)
+    older = {key: value for key, value in case.items() if not key.startswith("images")}
+    flags.record.write_text(json.dumps(older) + "\n")
+    assert bench_methods.main([*words, "--seeds", "0"]) == 0
+    assert _read(words) == [older]
+
+
+@pytest.mark.parametrize(
+    ("method", "file", "message"),
+    [("squant", "none.npz", "no image file none.npz"), ("noise", __file__, "noise are noise")],
+)
+def test_images_that_cannot_be_learned_from_are_refused(words, method, file, message, capsys):
+    words[words.index("squant")] = method
+    with pytest.raises(SystemExit):
+        bench_methods.main([*words, "--images", file])
+    assert message in capsys.readouterr().err
+
+
+def _config(method, effort="quick"):
+    return bench_methods._method({"method": method, "effort": effort}, DATA)
+
+
+@pytest.mark.parametrize("effort", ["quick", "paper"])
+@pytest.mark.parametrize("name", DMKD_BASELINES)
+def test_a_baseline_differs_from_its_effort_in_the_weighing_alone(name, effort):
+    own = METHODS["dmkd"].efforts[effort]
+    kept = {part: getattr(own, part) for part in ("generator", "student", "schedule")}
+    assert _config(f"dmkd:{name}", effort) == ("dmkd", replace(DMKD_BASELINES[name], **kept))
+
+
+def test_every_objective_and_weight_input_is_a_variant():
+    quick = METHODS["dmkd"].efforts["quick"]
+    for name in ("softmax", "uncertainty", "entropy", "adversarial", "meta"):
+        assert _config(f"dmkd:{name}")[1] == replace(quick, objective=name)
+    for name in ("image", "logits", "bank"):
+        assert _config(f"dmkd:{name}")[1] == replace(quick, weight_input=name)
+    assert len(bench_methods.VARIANTS["dmkd"]) == 5 + 3 + len(DMKD_BASELINES)
+
+
+def test_a_variant_runs_under_its_own_name(words, capsys, monkeypatch):
+    monkeypatch.setitem(bench_methods.VARIANTS, "squant", {"few": {"images": 7}})
+    case = dict.fromkeys(bench_methods.KEYS) | {"method": "squant:few", "bits": "w4a4", "seed": 0}
+    case |= {"protocol": "brecq", "effort": "quick"}
+    assert bench_methods.main([*words, "--one", json.dumps(case)]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["method"], line["images"]) == ("squant:few", 7)
+    assert line["config"] == {"images": 7}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("dmkd:nonsense", "choose from softmax, "), ("squant:few", "it has none")],
+)
+def test_an_unknown_variant_is_refused(method, message):
+    with pytest.raises(InputError, match=message):
+        _config(method)
