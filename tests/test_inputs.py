@@ -198,11 +198,13 @@ def test_synthesis_writes_as_many_images_as_asked_for(tmp_path):
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.synthesize])
 def test_every_method_that_makes_images_makes_the_number_asked_for(method):
     config = METHODS[method].efforts["quick"]
-    making = {"gdfq": "generator", "genie": "latents", "lis": "inversion"}[method]
-    small = {"batch_size": 8, "steps_per_batch" if method == "gdfq" else "steps": 2}
-    if method != "lis":
-        small["first_steps"] = 0
-    config = replace(config, **{making: replace(getattr(config, making), **small)})
+    small = {
+        "generator": {"batch_size": 8, "steps_per_batch": 2, "first_steps": 0},
+        "latents": {"batch_size": 8, "steps": 2, "first_steps": 0},
+        "inversion": {"batch_size": 8, "steps": 2},
+    }
+    parts = {name: getattr(config, name, None) for name in small}
+    config = replace(config, **{n: replace(p, **small[n]) for n, p in parts.items() if p})
     images = synthesize(network(), DATA, Request(method=method, config=config), count=19)
     assert images.images.shape == (19, 1, 8, 8)
     assert images.labels.shape == (19,)
@@ -215,7 +217,7 @@ def test_synthesis_refuses_what_it_cannot_do_and_writes_nothing(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             _synthesize(tmp_path, **options)
-    with pytest.raises(InputError, match=r"ddaq makes no images.*gdfq, genie, lis"):
+    with pytest.raises(InputError, match=r"ddaq makes no images.*gdfq, genie, lis, recipe"):
         synthesize(network(), DATA, Request(method="ddaq"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "i.npz").write_text("mine")

@@ -15,7 +15,7 @@ from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
 from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq, gdfq_images
 from dfq.methods.genie import GENIE_EFFORTS, GENIE_MAPS, GENIEConfig, genie, genie_images
 from dfq.methods.lis import LIS_EFFORTS, LISConfig, lis, lis_images
-from dfq.methods.recipe import RECIPE_EFFORTS, RECIPE_MAPS, RecipeConfig, recipe
+from dfq.methods.recipe import RECIPE_EFFORTS, RECIPE_MAPS, RecipeConfig, recipe, recipe_images
 from dfq.methods.squant import SQUANT_EFFORTS, SQuantConfig, squant
 from dfq.types import Images
 
@@ -46,7 +46,7 @@ METHODS = {
     "gdfq": Method(gdfq, GDFQ_EFFORTS, gdfq_images),
     "genie": Method(genie, GENIE_EFFORTS, genie_images, maps=GENIE_MAPS),
     "lis": Method(lis, LIS_EFFORTS, lis_images, takes_teachers=True),
-    "recipe": Method(recipe, RECIPE_EFFORTS, maps=RECIPE_MAPS),
+    "recipe": Method(recipe, RECIPE_EFFORTS, recipe_images, takes_teachers=True, maps=RECIPE_MAPS),
     "squant": Method(squant, SQUANT_EFFORTS),
 }
 

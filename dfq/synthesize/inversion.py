@@ -9,26 +9,29 @@ arXiv:1912.08795). How the parts are put together and every number is our recons
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfq.descent import anneal, descend
+from dfq.outputs import are_logits
 from dfq.synthesize.bn_stats import capture_bn_statistics
 from dfq.synthesize.generate import has_bfloat16
 from dfq.synthesize.latents import image_moments
-from dfq.synthesize.losses import bn_mismatch, total_variation
+from dfq.synthesize.losses import Moment, bn_mismatch, total_variation
 from dfq.synthesize.mixing import Mixed, mix
 from dfq.synthesize.pool import augment
 from dfq.synthesize.pyramid import Pyramid
 from dfq.synthesize.swing import swing_convolutions
 from dfq.synthesize.teachers import TeacherSampler
 from dfq.types import DataSpec, Images, Report, silent
+
+COARSEST = 4  # pixels of a side of the coarsest level
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ class InversionConfig:
         lr: Adam's rate for pixels, in units of the data's deviation, falling to 0 by a half cosine.
         betas: Adam's.
         levels: resolutions that the images are a sum of, each half of the one before; 1 leaves
-            plain pixels. Inverted from ResNet-20 in 60 steps, images of 4 have a third of the
-            BatchNorm mismatch of plain pixels, and in ResNet-32, which was not asked, a seventh.
+            plain pixels, None takes as many as leave 4 pixels or more: 4 for images of 32, 6 for
+            224. Inverted from ResNet-20 in 60 steps, images of 4 have a third of the BatchNorm
+            mismatch of plain pixels, and in ResNet-32, which was not asked, a seventh.
         gain: weight of each resolution over the next finer one.
-        bn_moment: compare standard deviations or, as DeepInversion does, variances.
+        bn_moment: compare standard deviations or, as DeepInversion does, variances; see
+            ``bn_mismatch``.
         bn_weight: of the mismatch of the BatchNorm statistics, averaged over layers, so that it
             counts alike in networks of any depth.
         class_weight: of the teachers' cross entropy against the labels.
@@ -63,9 +68,9 @@ class InversionConfig:
     steps: int = 120
     lr: float = 0.25
     betas: tuple[float, float] = (0.5, 0.9)
-    levels: int = 4
+    levels: int | None = None
     gain: float = 1.5
-    bn_moment: Literal["std", "var"] = "std"
+    bn_moment: Moment = "std"
     bn_weight: float = 1.0
     class_weight: float = 0.01
     variation_weight: float = 1e-3
@@ -100,15 +105,17 @@ def inverted_batches(
     Minimizes over the images, for the teachers ``i`` of a batch,
     ``mean_i (bn_weight * bn_mismatch_i + class_weight * CE_i) + variation_weight * TV +
     norm_weight * ||x||^2``; teachers see the images augmented and mixed. Labels are spread evenly
-    over the classes. The teachers are frozen, in eval mode and take the same images; ``rng`` is a
-    CPU generator, so that a seed means the same on every device.
+    over the classes; where the teachers give maps there are none, and no CE. The teachers are
+    frozen, in eval mode and take the same images; ``rng`` is a CPU generator, so that a seed means
+    the same on every device.
     """
     device = next(teachers.courses[0][0].parameters()).device
     done, total = 0, config.batches * config.steps
+    levels = config.levels or 1 + int(math.log2(max(1, min(data.shape[1:]) / COARSEST)))
     for _ in range(config.batches):
-        labels = (torch.randperm(config.batch_size, generator=rng) % data.classes).to(device)
-        wanted = F.one_hot(labels, data.classes).float()
-        pyramid = Pyramid(config.batch_size, data, config.levels, config.gain, rng=rng).to(device)
+        labels = torch.randperm(config.batch_size, generator=rng).to(device) % max(data.classes, 1)
+        wanted = F.one_hot(labels, max(data.classes, 1)).float()
+        pyramid = Pyramid(config.batch_size, data, levels, config.gain, rng=rng).to(device)
         optimizer = torch.optim.Adam(pyramid.parameters(), lr=config.lr, betas=config.betas)
         for step in range(config.steps):
             anneal(optimizer, step / config.steps)
@@ -129,16 +136,21 @@ def inverted_batches(
 def _opinion(
     teacher: nn.Module, seen: Mixed, config: InversionConfig, rng: torch.Generator
 ) -> Tensor:
-    """[2]: how far the images are from what one teacher remembers, and from their classes."""
+    """[2]: how far the images are from what one teacher remembers, and from their classes.
+
+    Of maps, which know no classes, the second is zero.
+    """
     swing = swing_convolutions(teacher, rng) if config.swing else nullcontext()
     device = seen.images.device
     bfloat16 = torch.autocast(
         device.type, torch.bfloat16, enabled=config.bfloat16 and has_bfloat16(device)
     )
     with capture_bn_statistics(teacher) as stats, swing, bfloat16:
-        logits = teacher(seen.images).float()
+        output = teacher(seen.images)
     mismatch = bn_mismatch(stats, config.bn_moment).mean()
-    return torch.stack((mismatch, F.cross_entropy(logits, seen.labels)))
+    if not are_logits(output):
+        return torch.stack((mismatch, mismatch.new_zeros(())))
+    return torch.stack((mismatch, F.cross_entropy(output.float(), seen.labels)))
 
 
 def _prior(images: Tensor, data: DataSpec, config: InversionConfig) -> Tensor:

@@ -144,4 +144,5 @@ def test_scales_that_are_not_learned_are_refused_before_any_work():
 
 
 def test_it_is_a_method_that_takes_teachers():
-    assert [name for name, method in METHODS.items() if method.takes_teachers] == ["lis"]
+    able = [name for name, method in METHODS.items() if method.takes_teachers]
+    assert able == ["lis", "recipe"]

@@ -5,26 +5,37 @@ import torch
 
 from dfq.distill.losses import kd_divergence
 from dfq.distill.student import StudentConfig
-from dfq.methods import RecipeConfig, recipe
+from dfq.methods import RecipeConfig, recipe, recipe_images
+from dfq.methods.blockwise import layers_stand_alone
 from dfq.methods.recipe import RECIPE_EFFORTS, fewest_bits
 from dfq.prepare import calibrate, prepare
+from dfq.prepare.equalize import equalize_channels
 from dfq.prepare.squant import balance_rounding
-from dfq.types import Images, InputError
-from tests.methods.test_genie import DATA, TINY, _teacher
+from dfq.synthesize.inversion import InversionConfig
+from dfq.types import DataSpec, Images, InputError
+from tests.methods.test_genie import DATA, TINY, Untraceable
+from tests.methods.test_genie import _teacher as residual
+from tests.methods.test_methods import _teacher as plain
 
 CONFIG = RecipeConfig(
-    TINY.latents, TINY.reconstruction, StudentConfig(lr=1e-3), distill_steps=5, distill_batch=8
+    TINY.latents,
+    InversionConfig(batch_size=16, batches=1, steps=3),
+    TINY.reconstruction,
+    StudentConfig(lr=1e-3),
+    distill_steps=5,
+    distill_batch=8,
 )
 
 
-def _train(bits, config=CONFIG, seed=0, given=None, **options):
-    teacher, stages = _teacher(), []
+def _train(bits, config=CONFIG, seed=0, given=None, teacher=residual, teachers=(), **options):
+    teacher, stages = teacher(), []
     student = prepare(teacher, bits, data=DATA, **options)
     student, images = recipe(
         teacher,
         student,
         DATA,
         config,
+        teachers=teachers,
         given=given,
         rng=torch.Generator().manual_seed(seed),
         report=lambda stage, step, steps, **values: stages.append(stage),
@@ -32,46 +43,58 @@ def _train(bits, config=CONFIG, seed=0, given=None, **options):
     return teacher, student, images, list(dict.fromkeys(stages))
 
 
+def _make(data=DATA, config=CONFIG, count=None):
+    rng = torch.Generator().manual_seed(0)
+    return recipe_images(residual(), data, config, count=count, rng=rng).images
+
+
 def _same(first, second):
     return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
 @pytest.mark.parametrize(
-    ("bits", "stages"),
+    ("teacher", "bits", "stages"),
     [
-        ("w8a8", ["synthesize"]),
-        ("w8a6", ["synthesize", "reconstruct"]),
-        ("w4a4", ["synthesize", "reconstruct"]),
-        ("w3a8", ["synthesize", "reconstruct", "distill"]),
-        ("w4a2", ["synthesize", "reconstruct", "distill"]),
+        (residual, "w8a8", ["synthesize"]),
+        (residual, "w8a6", ["synthesize", "reconstruct"]),
+        (residual, "w2a2", ["synthesize", "reconstruct"]),
+        (plain, "w8a8", ["synthesize", "distill"]),
+        (plain, "w2a2", ["synthesize", "distill"]),
     ],
 )
-def test_the_fewest_bits_decide_which_parts_run(bits, stages):
-    assert _train(bits)[3] == stages
+def test_bits_and_blocks_decide_which_parts_run(teacher, bits, stages):
+    assert _train(bits, teacher=teacher)[3] == stages
+
+
+def test_layers_stand_alone_where_hardly_any_share_a_block_or_no_graph_tells():
+    students = [prepare(teacher, "w4a4", data=DATA) for teacher in (residual(), plain())]
+    untraceable = prepare(residual(Untraceable), "w4a4", data=DATA)
+    assert [layers_stand_alone(s) for s in (*students, untraceable)] == [False, True, True]
 
 
 def test_edges_with_fewer_bits_count_too():
-    assert fewest_bits(prepare(_teacher(), "w8a8", data=DATA, edge_bits=3)) == 3
+    assert fewest_bits(prepare(residual(), "w8a8", data=DATA, edge_bits=3)) == 3
 
 
-def test_many_bits_are_rounded_so_that_errors_cancel():
+def test_with_many_bits_channels_are_equalized_and_errors_cancel():
     teacher, student, images, _ = _train("w8a8")
     expected = prepare(teacher, "w8a8", data=DATA)
+    assert equalize_channels(expected)
     calibrate(expected, images.images)
     assert not _same(student, expected)
     balance_rounding(expected)
     assert _same(student, expected)
 
 
-def test_distilling_goes_on_from_the_reconstruction_and_brings_the_student_nearer():
+def test_distilling_goes_on_from_the_rounding_and_brings_the_student_nearer():
     config = replace(CONFIG, distill_steps=150, distill_batch=16)
-    teacher, student, images, _ = _train("w2a2", config)
-    _, warm, same, _ = _train("w2a2", replace(config, distill_below=2))
+    teacher, student, images, _ = _train("w2a2", config, teacher=plain)
+    _, rounded, same, _ = _train("w2a2", replace(config, distill_steps=0), teacher=plain)
     assert torch.equal(images.images, same.images)
     with torch.no_grad():
         wanted = teacher(images.images)
         after, before = (
-            kd_divergence(model(images.images), wanted, 4.0).mean() for model in (student, warm)
+            kd_divergence(model(images.images), wanted, 4.0).mean() for model in (student, rounded)
         )
     assert after < 0.75 * before
 
@@ -86,18 +109,38 @@ def test_given_images_are_learned_from_and_a_seed_decides_the_student():
     assert not _same(student, _train("w3a3", given=given, seed=1)[1])
 
 
+def test_small_images_are_distilled_and_inverted_and_large_ones_only_inverted():
+    def without(part):
+        return replace(CONFIG, **{part: replace(getattr(CONFIG, part), batches=0)})
+
+    both = _make()
+    assert both.shape[0] == 32 + 16  # two batches of one kind, one of the other
+    assert torch.equal(both[:32], _make(config=without("inversion")))
+    large = DataSpec((3, 72, 72), 4, DATA.mean, DATA.std)
+    few = replace(CONFIG, latents=replace(CONFIG.latents, batches=1))
+    inverted = replace(without("latents"), inversion=replace(CONFIG.inversion, batches=2))
+    assert torch.equal(_make(large, few), _make(large, inverted))
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+def test_it_makes_as_many_images_as_asked_for(count):
+    assert len(_make(count=count)) == count
+
+
+def test_further_teachers_change_the_inverted_images():
+    alone, along = _train("w8a8")[2].images, _train("w8a8", teachers=(plain(),))[2].images
+    assert torch.equal(alone[:32], along[:32])
+    assert not torch.equal(alone[32:], along[32:])
+
+
 def test_the_teacher_stays_and_every_effort_has_its_numbers():
-    assert _same(_train("w3a3")[0], _teacher())
+    assert _same(_train("w3a3")[0], residual())
     steps = [RECIPE_EFFORTS[effort].distill_steps for effort in ("quick", "default", "full")]
-    assert steps == sorted(steps)
+    assert steps == sorted(set(steps))
 
 
 def test_mirror_images_change_what_blocks_learn():
     assert not _same(_train("w4a4")[1], _train("w4a4", replace(CONFIG, mirror=False))[1])
-
-
-def test_distilling_can_be_left_out():
-    assert _train("w3a3", replace(CONFIG, distill_steps=0))[3] == ["synthesize", "reconstruct"]
 
 
 def test_scales_must_be_learned():

@@ -1,0 +1,145 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfq.prepare import QConv2d, calibrate, prepare
+from dfq.prepare.equalize import equalize_channels
+from dfq.types import DataSpec
+
+DATA = DataSpec((3, 8, 8), classes=5)
+
+
+class Net(nn.Module):
+    """Every way a scale can pass, and ways that it cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.leaky = nn.LeakyReLU(0.1)
+        self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm2, self.relu6 = nn.BatchNorm2d(8), nn.ReLU6()
+        self.point, self.norm3 = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.pool, self.last = nn.MaxPool2d(2), nn.Conv2d(12, 6, 1, bias=False)
+        self.norm4, self.head = nn.BatchNorm2d(6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.leaky(self.norm1(self.stem(x)))
+        x = self.relu6(self.norm2(self.depth(x)))
+        x = self.last(self.pool(F.relu(self.norm3(self.point(x)))))
+        x = F.adaptive_avg_pool2d(F.relu(self.norm4(x)), 1)
+        return self.head(torch.flatten(x, 1))
+
+
+def _model():
+    torch.manual_seed(3)
+    model = Net()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                size = 10 ** torch.empty(module.num_features).uniform_(-2, 1)
+                module.weight.copy_(size)
+                module.bias.copy_(0.5 * size)
+                module.momentum = 1.0
+        model(torch.randn(64, 3, 8, 8))  # a small channel is amplified by the next BatchNorm
+    return model.eval()
+
+
+def _student(bits="w4a4"):
+    return prepare(_model(), bits, data=DATA)
+
+
+def _bypassed(student):
+    for module in student.modules():
+        if hasattr(module, "bypass"):
+            module.bypass = True
+    return student
+
+
+def test_the_network_computes_what_it_did():
+    x = torch.randn(4, 3, 8, 8)
+    student = _bypassed(_student())
+    assert equalize_channels(student) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(student(x), _model()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_only_what_is_positively_homogeneous_lets_a_scale_pass():
+    before, student = _student(), _student()
+    equalize_channels(student)
+    changed = {
+        name
+        for (name, new), old in zip(student.named_parameters(), before.parameters(), strict=True)
+        if new.isfinite().all() and not torch.equal(new, old)
+    }
+    norms = {f"norm{i}.{part}" for i in (1, 3, 4) for part in ("weight", "bias")}
+    assert changed == norms | {"depth.weight", "last.weight", "head.weight"}  # not behind ReLU6
+
+
+def test_channels_before_a_depthwise_layer_get_one_range():
+    student = _student()
+    equalize_channels(student)
+    high = student.norm1.bias + 3 * student.norm1.weight
+    torch.testing.assert_close(high, high[:1].expand(8))
+
+
+def test_before_a_dense_layer_half_of_the_difference_goes_into_the_weights():
+    # s = sqrt(r / w) makes both r / s and w * s equal to sqrt(r * w)
+    student = _student()
+    equalize_channels(student)
+    high = student.norm3.bias + 3 * student.norm3.weight
+    ratio = high / student.last.weight.abs().amax((0, 2, 3))
+    torch.testing.assert_close(ratio, ratio[:1].expand(12))
+
+
+def test_a_dead_channel_neither_divides_by_zero_nor_grows():
+    student = _student()
+    with torch.no_grad():
+        student.norm1.weight[2] = student.norm1.bias[2] = 0.0
+        student.last.weight[:, 3] = 0.0
+    equalize_channels(student)
+    assert all(p.isfinite().all() for m in student.modules() for p in _tensors(m))
+
+
+def _tensors(module):
+    norm = isinstance(module, nn.BatchNorm2d | QConv2d)
+    return [module.weight] if norm else []
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_quantized_outputs_come_nearer(bits):
+    x = torch.randn(64, 3, 8, 8)
+    errors = []
+    for equalized in (False, True):
+        student = _student(bits)
+        if equalized:
+            equalize_channels(student)
+        calibrate(student, x)
+        with torch.no_grad():
+            errors.append((student(x) - _model()(x)).square().mean())
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_a_model_without_a_graph_stays_as_it_is():
+    class Untraceable(Net):
+        def forward(self, x):
+            return super().forward(x) if x.mean() > -100 else x
+
+    torch.manual_seed(3)
+    model = Untraceable().eval()
+    student = prepare(model, "w4a4", data=DATA)
+    assert equalize_channels(student) == 0
+    assert torch.equal(student.depth.weight, model.depth.weight)
+
+
+def test_a_layer_that_is_used_twice_is_left_alone():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.stem(self.norm(self.stem(x))).mean((2, 3))
+
+    student = prepare(Twice().eval(), "w4a4")
+    assert equalize_channels(student) == 0
