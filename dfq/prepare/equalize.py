@@ -46,8 +46,9 @@ def equalize_channels(student: nn.Module) -> int:
     """Scale channels of a prepared ``student``, in place; return how many pairs were scaled.
 
     For every channel c between a BatchNorm and a layer that alone reads it, with r_c the largest
-    magnitude within three deviations of its mean, behind the activation, and w_c that of the
-    layer's weights for c:
+    magnitude within three deviations of its mean, behind the activation, but at least one deviation
+    (a channel that hardly ever passes its ReLU passes it some day), and w_c that of the layer's
+    weights for c:
 
     - the layer is depthwise, so that its grid is per channel: ``s_c = r_c``, at no cost;
     - it is dense: ``s_c = sqrt(r_c / w_c)``, half of the difference into its weights.
@@ -71,11 +72,11 @@ def equalize_channels(student: nn.Module) -> int:
 def _scale(pair: Pair) -> Tensor:
     """[channels], of geometric mean 1."""
     norm, weight = pair.norm, pair.layer.weight
-    spread = DEVIATIONS * norm.weight.abs()
-    low, high = norm.bias - spread, norm.bias + spread
+    deviation = norm.weight.abs()
+    low, high = norm.bias - DEVIATIONS * deviation, norm.bias + DEVIATIONS * deviation
     for activation in pair.activations:
         low, high = activation(low), activation(high)
-    scale = _floored(torch.maximum(low.abs(), high.abs()))
+    scale = _floored(torch.stack((low.abs(), high.abs(), deviation)).amax(0))
     if not _is_depthwise(pair.layer):
         largest = weight.abs().transpose(0, 1).flatten(1).amax(1)
         scale = (scale / _floored(largest)).sqrt()

@@ -92,6 +92,18 @@ def test_before_a_dense_layer_half_of_the_difference_goes_into_the_weights():
     torch.testing.assert_close(ratio, ratio[:1].expand(12))
 
 
+def test_a_channel_that_hardly_ever_passes_its_relu_is_not_blown_up():
+    student = _student()
+    with torch.no_grad():
+        student.norm3.weight.fill_(0.5)
+        student.norm3.bias.fill_(2.0)
+        student.norm3.bias[0] = -2.0
+    equalize_channels(student)
+    ranges = student.norm3.weight * torch.tensor([1.0] + [7.0] * 11)  # in deviations
+    ratio = ranges / student.last.weight.abs().amax((0, 2, 3))
+    torch.testing.assert_close(ratio, ratio[:1].expand(12))
+
+
 def test_a_dead_channel_neither_divides_by_zero_nor_grows():
     student = _student()
     with torch.no_grad():
