@@ -57,17 +57,19 @@ class RecipeConfig:
         mirror: blocks learn from the mirror image of each image too. On ResNet-20 this takes the
             divergence from the teacher, on images that were distilled from another network, from
             0.65 to 0.54 at W3A3 and from 1.46 to 1.39 at W2A2 (512 images, 300 steps).
-        many_bits: with so many or more, channels are equalized and nothing is reconstructed; the
-            fewest count that the student has anywhere, weights or activations.
+        low_bits: with fewer, each block learns for twice as many steps.
+        many_bits: with so many or more, channels are equalized and nothing is reconstructed. The
+            fewest bits count that the student has anywhere, of weights or activations.
     """
 
     latents: LatentConfig = field(default_factory=lambda: LatentConfig(batches=4))
     inversion: InversionConfig = field(default_factory=lambda: InversionConfig(batches=4))
-    reconstruction: ReconstructionConfig = field(default_factory=lambda: ReconstructionConfig(1500))
+    reconstruction: ReconstructionConfig = field(default_factory=lambda: ReconstructionConfig(1000))
     student: StudentConfig = field(default_factory=lambda: StudentConfig(lr=1e-3, scale_lr=1e-3))
     distill_steps: int = 1500
     distill_batch: int = 32
     mirror: bool = True
+    low_bits: int = 4
     many_bits: int = 7
 
 
@@ -123,14 +125,16 @@ def recipe(
     images = given or recipe_images(
         teacher, data, config, teachers=teachers, rng=rng, report=report
     )
-    alone, many_bits = layers_stand_alone(student), fewest_bits(student) >= config.many_bits
-    if not alone and not many_bits:
-        shown = images.images
+    alone, bits = layers_stand_alone(student), fewest_bits(student)
+    if not alone and bits < config.many_bits:
+        shown, learning = images.images, config.reconstruction
         if config.mirror:
             shown = torch.cat((shown, shown.flip(-1)))
-        reconstruct_blocks(student, shown, config.reconstruction, rng=rng, report=report)
+        if bits < config.low_bits:
+            learning = replace(learning, steps=2 * learning.steps)
+        reconstruct_blocks(student, shown, learning, rng=rng, report=report)
     else:
-        if many_bits:
+        if bits >= config.many_bits:
             equalize_channels(student)
         calibrate(student, images.images)
         balance_rounding(student)

@@ -143,6 +143,12 @@ def test_mirror_images_change_what_blocks_learn():
     assert not _same(_train("w4a4")[1], _train("w4a4", replace(CONFIG, mirror=False))[1])
 
 
+def test_with_low_bits_blocks_learn_twice_as_long():
+    long = replace(CONFIG, reconstruction=replace(CONFIG.reconstruction, steps=12), low_bits=2)
+    assert _same(_train("w3a3")[1], _train("w3a3", long)[1])
+    assert not _same(_train("w4a4")[1], _train("w4a4", long)[1])
+
+
 def test_scales_must_be_learned():
     with pytest.raises(InputError, match="use scales learned"):
         _train("w4a4", scales="minmax")
