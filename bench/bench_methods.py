@@ -1,4 +1,4 @@
-"""``python -m bench.bench_methods MODEL --weights FILE --eval FILE … --record FILE``: accuracies.
+"""``python -m bench.bench_methods MODEL … --eval FILE --record FILE``: accuracies.
 
 Every combination of the given methods, bits, protocols, efforts and seeds, one after the other,
 each in a process of its own, each appended to the record as soon as it is known; those that the
@@ -11,6 +11,14 @@ every run learns from the same images.
         --classes 10 --mean .485,.456,.406 --std .229,.224,.225 --eval cifar10.npz \\
         --bits w4a4,w3a3 --methods recipe,genie --seeds 0,1,2 \\
         --record bench/results/methods/resnet20.jsonl
+
+A model that gives maps has no classes. A function ``(model) -> percent`` then says what the float
+model, the nearest, the student and the packed one are worth; ``--measure`` is what the record calls
+that figure. ``--name`` is what it calls the model, where MODEL holds a path of yours.
+
+    python -m bench.bench_methods models.py:fastestdet --name FastestDet --shape 3,352,352 \\
+        --score coco.py:ap50 --measure AP50 --bits w8a8,w4a4 --methods recipe,noise \\
+        --record bench/results/methods/fastestdet.jsonl
 
 ``python -m bench.report`` makes the tables of README.md from the records.
 """
@@ -33,8 +41,11 @@ from typing import Any, get_args
 import torch
 
 from bench import record
+from bench.method_scores import load_score, scores, top1
+from bench.method_tables import TOP1
 from dfq.cli.memory import keep_freed_memory
 from dfq.distill.weighting import UNLEARNED, Objective, WeightInput
+from dfq.evaluate import check
 from dfq.methods.dmkd import DMKD_BASELINES, DMKDConfig
 from dfq.models import load
 from dfq.pipeline import Request, Source, execute, suggest_config
@@ -43,7 +54,7 @@ from dfq.pipeline.provenance import file_sha256
 from dfq.types import DataSpec, Images, InputError
 
 SETTINGS = ("bits", "protocol", "edge_bits", "effort", "seed")  # of the request
-KEYS = ("model", "method", *SETTINGS, "images_sha256")
+KEYS = ("model", "measure", "method", *SETTINGS, "images_sha256")
 NOISE_IMAGES = 1024  # as many as the recipe distills
 
 
@@ -93,12 +104,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _flags(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.bench_methods", description=__doc__)
     parser.add_argument("model", help="as dfq quantize takes it")
+    parser.add_argument("--name", help="what the record calls the model; default: MODEL")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--shape", type=_numbers(int), required=True)
-    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--classes", type=int, default=0, help="leave it out for maps")
     parser.add_argument("--mean", type=_numbers(float), default=())
     parser.add_argument("--std", type=_numbers(float), default=())
-    parser.add_argument("--eval", type=Path, required=True)
+    worth = parser.add_mutually_exclusive_group(required=True)
+    worth.add_argument("--eval", type=Path, help="real images, for top-1")
+    worth.add_argument("--score", help="file.py:function, (model) -> percent")
+    parser.add_argument("--measure", help="what the score is; default: the name of its function")
     methods = "as dfq quantize takes them, noise, or METHOD:VARIANT"
     parser.add_argument("--methods", type=_numbers(str), default=("recipe",), help=methods)
     parser.add_argument("--bits", type=_numbers(str), default=("w4a4",))
@@ -111,6 +126,8 @@ def _flags(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--record", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     flags = parser.parse_args(words)
+    if flags.eval and flags.measure:
+        parser.error("--measure says what a score is; leave it out with --eval.")
     if flags.images and "noise" in flags.methods:
         parser.error("the images of noise are noise; leave out noise or --images.")
     if flags.images and not flags.images.is_file():
@@ -126,9 +143,11 @@ def _cases(flags: argparse.Namespace) -> list[dict[str, Any]]:
     """In the order of seeds, so that the first rows of a table are there early."""
     lists = (flags.seeds, flags.protocols, flags.efforts, flags.bits, flags.methods)
     digest = file_sha256(flags.images) if flags.images else None
+    measure = (flags.measure or flags.score.rpartition(":")[2]) if flags.score else TOP1
     return [
         {
-            "model": flags.model,
+            "model": flags.name or flags.model,
+            "measure": measure,
             "method": method,
             "bits": bits,
             "protocol": protocol,
@@ -167,22 +186,25 @@ def _measure(
         images=images,
         device="cpu",
         threads=flags.threads,
-        eval_file=flags.eval,
         source=Source(flags.model, flags.weights),
     )
+    score = load_score(flags.score) if flags.score else top1(flags.eval, data)
+    eval_images = check(flags.eval, data) if flags.eval else None
     teacher = load(flags.model, data, flags.weights)
     cpu = time.process_time()
-    results = execute(teacher, data, request).results
-    cpu = time.process_time() - cpu - results["seconds"]["evaluate"]
-    measured = ("float_top1", "nearest_top1", "student_top1", "packed_top1", "agreement", "images")
+    run = execute(teacher, data, request)
+    results = run.results
+    cpu = time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "kind": "method",
         **case,
-        **{key: results[key] for key in measured},
-        "eval_images": results["evaluation"]["images"],
+        **scores(score, run, teacher, data, request),
+        "images": results["images"],
+        "eval_images": eval_images,
         "seconds": results["seconds"]["prepare"] + results["seconds"]["method"],
         "cpu_seconds": round(cpu, 1),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mb": round(peak / 1024),
         "threads": flags.threads,
         "config": results["config"],
     }
@@ -208,11 +230,12 @@ def _method(case: dict[str, Any], data: DataSpec) -> tuple[str, Any]:
 
 
 def _sentence(line: dict[str, Any]) -> str:
-    drop = line["float_top1"] - line["student_top1"]
+    drop = line["float"] - line["student"]
     return (
         f"{line['method']:16s} {line['bits']} {line['protocol']} {line['effort']} "
-        f"seed {line['seed']}: {line['student_top1']:.1f} (packed {line['packed_top1']:.1f}, "
-        f"nearest {line['nearest_top1']:.1f}, float less {drop:.1f}), {line['seconds']:.0f} s"
+        f"seed {line['seed']}: {line['measure']} {line['student']:.1f} "
+        f"(packed {line['packed']:.1f}, nearest {line['nearest']:.1f}, float less {drop:.1f}), "
+        f"{line['seconds']:.0f} s"
     )
 
 

@@ -1,4 +1,7 @@
-"""The table of accuracies: mean and standard deviation over seeds, always of the last step."""
+"""The table of accuracies: mean and standard deviation over seeds, always of the last step.
+
+Figures are top-1 unless the model's cell names another measure; drops are in points of it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ HEAD = (
     *("drop", "packed", "seeds", "CPU min", "GB", "published drops"),
 )
 TEXTS = 5  # columns before the numbers
+TOP1 = "top-1"  # the measure that goes without saying
 
 
 def accuracy_table(records: Iterable[Record]) -> list[str]:
@@ -33,7 +37,9 @@ def circumstances(records: Iterable[Record]) -> list[str]:
 
 def _circumstance(record: Record) -> str:
     changed = " with changes" if record["dirty"] else ""
-    parts = [f"{record['eval_images']} real images, for measuring only", record["processor"]]
+    count = record["eval_images"]
+    measured = f"{count} real images" if count is not None else record["measure"]
+    parts = [f"{measured}, for measuring only", record["processor"]]
     parts += [f"threads: {record['threads']}", f"torch {record['torch']}"]
     parts += [f"commit {record['commit']}{changed}", record["date"]]
     return "; ".join(parts) + "."
@@ -46,8 +52,11 @@ def _setting(record: Record) -> tuple[Any, ...]:
     effort = record["effort"]
     if record.get("images_file"):
         effort = f"{effort}, images of {record['images_file']}"
-    names = ("model", "bits", "method", "images_sha256")
-    model, bits, method, digest = (record.get(name) for name in names)
+    model = record["model"]
+    if record["measure"] != TOP1:
+        model = f"{model} ({record['measure']})"
+    names = ("bits", "method", "images_sha256")
+    bits, method, digest = (record.get(name) for name in names)
     return model, protocol, bits, effort, method, digest
 
 
@@ -62,10 +71,10 @@ def _row(setting: tuple[Any, ...], runs: Sequence[Record]) -> list[str]:
     published = PUBLISHED.get((model, protocol, bits), ())
     return [
         *(model, protocol, bits, f"`{method}`", effort),
-        f"{runs[0]['float_top1']:.1f}",
-        f"{_mean(runs, 'nearest_top1'):.1f}",
+        f"{runs[0]['float']:.1f}",
+        f"{_mean(runs, 'nearest'):.1f}",
         _spread(_drops(runs)),
-        f"{_mean(runs, 'packed_top1'):.1f}",
+        f"{_mean(runs, 'packed'):.1f}",
         str(len(runs)),
         f"{_mean(runs, 'cpu_seconds') / 60:.1f}",
         f"{max(run['peak_mb'] for run in runs) / 1024:.1f}",
@@ -74,7 +83,7 @@ def _row(setting: tuple[Any, ...], runs: Sequence[Record]) -> list[str]:
 
 
 def _drops(runs: Sequence[Record]) -> list[float]:
-    return [run["float_top1"] - run["student_top1"] for run in runs]
+    return [run["float"] - run["student"] for run in runs]
 
 
 def _mean(runs: Sequence[Record], name: str) -> float:

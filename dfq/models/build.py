@@ -45,7 +45,7 @@ def build(name: str, classes: int, *, pretrained: bool = False) -> nn.Module:
         return _torchvision(rest, classes, pretrained)
     if source == "timm":
         return _timm(rest, classes, pretrained)
-    return _call(name, _module(source), rest)
+    return _call(name, find_module(source), rest)
 
 
 def _cifar(name: str, classes: int, pretrained: bool) -> nn.Module:
@@ -107,7 +107,12 @@ def _download(name: str, make: Callable[[], nn.Module]) -> nn.Module:
         ) from error
 
 
-def _module(source: str) -> ModuleType:
+def find_module(source: str) -> ModuleType:
+    """The module of ``path/file.py`` or ``package.module``, executed.
+
+    Raises:
+        InputError: there is none, or executing it fails.
+    """
     try:
         if source.endswith(".py"):
             return _from_file(Path(source))

@@ -238,7 +238,7 @@ def _prepare(teacher: nn.Module, data: DataSpec, request: Request) -> nn.Module:
 def _measure(run: Run, teacher: nn.Module, data: DataSpec, request: Request) -> None:
     """Put the accuracies of float, nearest, student and packed into the results of ``run``."""
     assert request.eval_file
-    models = {"float": teacher, **_quantized_models(run, teacher, data, request)}
+    models = {"float": teacher, **quantized_models(run, teacher, data, request)}
     found = {name: evaluate(m, request.eval_file, data) for name, m in models.items()}
     evaluation: dict[str, Any] = {
         "file": str(request.eval_file),
@@ -257,16 +257,20 @@ def _compare_maps(run: Run, teacher: nn.Module, data: DataSpec, request: Request
     """Put how far each map is from the float model's on synthetic images into the results."""
     images = run.images.images[:COMPARED]
     wanted = teacher(images)
-    models = _quantized_models(run, teacher, data, request)
+    models = quantized_models(run, teacher, data, request)
     run.results["map_errors"] = {
         name: map_errors(model(images), wanted) for name, model in models.items()
     }
 
 
-def _quantized_models(
+def quantized_models(
     run: Run, teacher: nn.Module, data: DataSpec, request: Request
 ) -> dict[str, nn.Module]:
-    """The student, the same without learning, and the student as integers."""
+    """What is measured beside the float model: ``nearest``, ``student`` and ``packed``.
+
+    ``nearest`` has the student's bits and has learned nothing, calibrated on the run's images;
+    ``packed`` is the student as integers, layer by layer where its graph cannot be told.
+    """
     nearest = _prepare(teacher, data, request)
     calibrate(nearest, run.images.images)
     try:

@@ -10,23 +10,25 @@ import torch
 from bench import bench_methods, method_tables
 from dfq.methods import METHODS
 from dfq.methods.dmkd import DMKD_BASELINES
+from dfq.pipeline import quantize
 from dfq.pipeline.images import write_images
 from dfq.types import Images, InputError
-from tests.tiny import DATA, FLAGS, MODEL, save_images
+from tests.tiny import DATA, FLAGS, MODEL, network, save_images
 
 RUN = {
     "kind": "method",
     "model": "cifar:resnet20",
+    "measure": "top-1",
     "method": "recipe",
     "bits": "w4a4",
     "protocol": "gdfq",
     "edge_bits": None,
     "effort": "default",
     "seed": 0,
-    "float_top1": 91.5,
-    "nearest_top1": 88.0,
-    "student_top1": 91.0,
-    "packed_top1": 91.1,
+    "float": 91.5,
+    "nearest": 88.0,
+    "student": 91.0,
+    "packed": 91.1,
     "cpu_seconds": 90.0,
     "peak_mb": 2048,
 }
@@ -38,7 +40,7 @@ def _rows(*changes):
 
 
 def test_seeds_share_a_row_with_mean_and_standard_deviation():
-    head, _, row = _rows({}, {"seed": 1, "student_top1": 90.0, "cpu_seconds": 150.0})
+    head, _, row = _rows({}, {"seed": 1, "student": 90.0, "cpu_seconds": 150.0})
     cells = dict(zip(head, row, strict=True))
     assert cells["drop"] == "1.0 ± 0.7"  # of 0.5 and 1.5
     assert (cells["seeds"], cells["CPU min"], cells["GB"]) == ("2", "2.0", "2.0")
@@ -48,7 +50,7 @@ def test_seeds_share_a_row_with_mean_and_standard_deviation():
 def test_rows_go_from_many_bits_to_few_and_from_small_drops_to_large():
     changes = [
         {"bits": "w3a3", "method": "gdfq"},
-        {"method": "noise", "student_top1": 80.0},
+        {"method": "noise", "student": 80.0},
         {"method": "genie"},
         {"bits": "w8a8"},
     ]
@@ -78,6 +80,29 @@ def test_given_images_are_told_of_and_never_in_one_row_with_others():
     ]
 
 
+def test_a_score_names_its_measure_and_never_shares_a_row_with_another():
+    scored = {"measure": "AP50"}
+    rows = _rows({}, scored, scored, {"measure": "AP75"})[2:]
+    assert [(row[0], row[9]) for row in rows] == [
+        ("cifar:resnet20", "1"),
+        ("cifar:resnet20 (AP50)", "2"),
+        ("cifar:resnet20 (AP75)", "1"),
+    ]
+    assert rows[0][-1].startswith("3.8 GDFQ")
+    assert rows[1][-1] == ""  # what others report is top-1
+
+
+def test_circumstances_say_what_was_measured_on():
+    machine = {"dirty": False, "processor": "A CPU", "threads": 1, "torch": "2", "commit": "a"}
+    machine |= {"date": "2026-01-02"}
+    counted, scored = {"eval_images": 650}, {"eval_images": None, "measure": "AP50"}
+    records = [RUN | machine | change for change in (counted, scored, scored)]
+    assert method_tables.circumstances(records) == [
+        f"{what}, for measuring only; A CPU; threads: 1; torch 2; commit a; 2026-01-02."
+        for what in ("650 real images", "AP50")
+    ]
+
+
 @pytest.fixture
 def words(tmp_path):
     record = tmp_path / "record.jsonl"
@@ -93,6 +118,11 @@ def test_runs_what_the_record_lacks(words, capsys):
         lines = [json.loads(line) for line in file]
     assert [line["seed"] for line in lines] == [0, 1]
     assert all(line["eval_images"] == 40 and line["peak_mb"] > 0 for line in lines)
+    assert all(line["measure"] == "top-1" and line["model"] == MODEL for line in lines)
+    file = words[words.index("--eval") + 1]
+    wanted = quantize(network(), DATA, "w4a4", "squant", threads=1, eval_file=file).results
+    for name in ("float", "nearest", "student", "packed"):
+        assert lines[0][name] == wanted[f"{name}_top1"]
     assert capsys.readouterr().out.count("squant") == 2
 
 

@@ -59,7 +59,7 @@ def _same(first, second):
         (residual, "w8a6", ["synthesize", "reconstruct"]),
         (residual, "w2a2", ["synthesize", "reconstruct"]),
         (plain, "w8a8", ["synthesize", "distill"]),
-        (plain, "w2a2", ["synthesize", "distill"]),
+        (plain, "w2a2", ["synthesize", "reconstruct", "distill"]),
     ],
 )
 def test_bits_and_blocks_decide_which_parts_run(teacher, bits, stages):
@@ -86,7 +86,7 @@ def test_with_many_bits_channels_are_equalized_and_errors_cancel():
     assert _same(student, expected)
 
 
-def test_distilling_goes_on_from_the_rounding_and_brings_the_student_nearer():
+def test_distilling_goes_on_from_the_reconstruction_and_brings_the_student_nearer():
     config = replace(CONFIG, distill_steps=150, distill_batch=16)
     teacher, student, images, _ = _train("w2a2", config, teacher=plain)
     _, rounded, same, _ = _train("w2a2", replace(config, distill_steps=0), teacher=plain)
@@ -117,9 +117,10 @@ def test_small_images_are_distilled_and_inverted_and_large_ones_only_inverted():
     assert both.shape[0] == 32 + 16  # two batches of one kind, one of the other
     assert torch.equal(both[:32], _make(config=without("inversion")))
     large = DataSpec((3, 72, 72), 4, DATA.mean, DATA.std)
-    few = replace(CONFIG, latents=replace(CONFIG.latents, batches=1))
-    inverted = replace(without("latents"), inversion=replace(CONFIG.inversion, batches=2))
-    assert torch.equal(_make(large, few), _make(large, inverted))
+    inverted = _make(large)
+    assert len(inverted) == 16
+    assert torch.equal(inverted, _make(large, without("latents")))
+    assert len(_make(large, count=20)) == 20
 
 
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
