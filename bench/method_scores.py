@@ -11,7 +11,7 @@ from torch import nn
 from dfq.evaluate import evaluate
 from dfq.models.build import find_module
 from dfq.pipeline import Request, Run, quantized_models
-from dfq.pipeline.run import reproducible
+from dfq.pipeline.conditions import reproducible
 from dfq.types import DataSpec, InputError
 
 FIGURES = ("float", "nearest", "student", "packed")

@@ -73,7 +73,7 @@ class QuantizeFlags:
     threads: Annotated[int | None, _word("N", "torch's")] = None
     """of the CPU; fewer are faster where other programs run as well"""
     teachers: Teachers = dataclasses.field(default_factory=list)
-    """of lis: further models that images are made from; @MEAN/STD behind one that has its own"""
+    """lis, recipe: further models to make images from; @MEAN/STD behind one that has its own"""
     images: Annotated[Path | None, _word("FILE", "make them")] = None
     """synthetic images to learn from: images.npz of a run or a file of dfq synthesize"""
     out: Annotated[Path | None, _word("DIR", "write nothing")] = None

@@ -55,9 +55,9 @@ class SynthesizeFlags:
     ] = None
     """number of images"""
     teachers: Teachers = dataclasses.field(default_factory=list)
-    """of lis: further models that images are made from; @MEAN/STD behind one that has its own"""
+    """lis, recipe: further models to make images from; @MEAN/STD behind one that has its own"""
     method: Name = "lis"
-    """how images are made: gdfq, genie or lis"""
+    """how images are made: gdfq, genie, lis or recipe"""
     effort: Name = "default"
     """quick, default, full or paper: the method's numbers below"""
     seed: int = 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from dfq.evaluate import evaluate
 from dfq.methods import METHODS
 from dfq.outputs import map_errors
 from dfq.pipeline import folder as folders
+from dfq.pipeline.conditions import Clock, reproducible
 from dfq.pipeline.inputs import Inputs, Teacher, load_inputs
 from dfq.pipeline.provenance import commit, file_sha256, state_sha256, versions
 from dfq.pipeline.request import Request, resolve
@@ -118,8 +117,8 @@ def quantize(
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one.
         threads: of the CPU; None leaves torch's number. Another number sums in another order, so
             the student is another one, of like accuracy.
-        teachers: further models of the same classes that the images are made from; ``lis`` alone
-            has use for them.
+        teachers: further models of the same classes that the images are made from; for ``lis`` and
+            ``recipe``.
         images: the ``images.npz`` of another run or a file of ``dfq synthesize`` to learn from,
             instead of making images.
         out: run folder; None writes nothing.
@@ -176,9 +175,9 @@ def execute(model: nn.Module, data: DataSpec, request: Request, report: Report =
 
 def _learn(
     inputs: Inputs, data: DataSpec, request: Request, results: dict[str, Any], report: Report
-) -> tuple[Run, _Clock]:
+) -> tuple[Run, Clock]:
     """Prepare a student and let the method train it; adds to ``results``."""
-    clock = _Clock()
+    clock = Clock()
     with clock.stage("prepare"):
         student = _prepare(inputs.model, data, request)
     metrics = None
@@ -279,33 +278,6 @@ def quantized_models(
         packed = deploy.freeze_layers(run.student)
         run.results["warnings"].append(f"packed layer by layer: {error}")
     return {"nearest": nearest, "student": run.student, "packed": packed}
-
-
-class _Clock:
-    """Seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-
-
-@contextmanager
-def reproducible(threads: int | None) -> Iterator[None]:
-    """Fix what decides the order of sums: the threads, and cuDNN's choice of algorithm."""
-    cudnn, threads_before = torch.backends.cudnn, torch.get_num_threads()
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    torch.set_num_threads(threads or threads_before)
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
-        torch.set_num_threads(threads_before)
 
 
 def _path(path: str | Path | None) -> Path | None:

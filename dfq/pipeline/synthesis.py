@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from dfq.methods import METHODS
+from dfq.pipeline.conditions import reproducible
 from dfq.pipeline.images import write_images
 from dfq.pipeline.inputs import load_inputs
 from dfq.pipeline.request import Request, resolve
-from dfq.pipeline.run import reproducible
 from dfq.report import Recorder
 from dfq.types import DataSpec, Images, InputError, Report, silent
 
