@@ -60,6 +60,7 @@ class RecipeConfig:
         low_bits: with fewer, each block learns for twice as many steps.
         many_bits: with so many or more, channels are equalized and nothing is reconstructed. The
             fewest bits count that the student has anywhere, of weights or activations.
+        many_bits_rate: the student's rates, times this, with many bits: little is left to learn.
     """
 
     latents: LatentConfig = field(default_factory=lambda: LatentConfig(batches=4))
@@ -71,6 +72,7 @@ class RecipeConfig:
     mirror: bool = True
     low_bits: int = 4
     many_bits: int = 7
+    many_bits_rate: float = 0.2
 
 
 _QUICK = RecipeConfig(
@@ -101,7 +103,7 @@ def _for_maps(batches: int, steps: int, distill_steps: int) -> RecipeConfig:
 
 
 RECIPE_MAPS = {
-    "quick": _for_maps(2, 200, 200),
+    "quick": _for_maps(2, 200, 400),
     "default": _for_maps(4, 500, 1000),
     "full": _for_maps(8, 2000, 4000),
 }
@@ -136,7 +138,8 @@ def recipe(
         calibrate(student, images.images)
         balance_rounding(student)
     if config.distill_steps and layers_stand_alone(student):
-        _distill(teacher, student, images, config, rng, report)
+        rate = config.many_bits_rate if bits >= config.many_bits else 1.0
+        _distill(teacher, student, images, config, rate, rng, report)
     return student, images
 
 
@@ -186,10 +189,13 @@ def _distill(
     student: nn.Module,
     images: Images,
     config: RecipeConfig,
+    rate: float,
     rng: torch.Generator,
     report: Report,
 ) -> None:
-    optimizer = student_optimizer(*split_parameters(student), config.student)
+    learning = config.student
+    learning = replace(learning, lr=rate * learning.lr, scale_lr=rate * learning.scale_lr)
+    optimizer = student_optimizer(*split_parameters(student), learning)
     schedule = Schedule(1, 1, 1, config.distill_steps, config.distill_batch)
     for lesson in lessons([images], schedule, rng=rng):
         anneal(optimizer, lesson.step / lesson.steps, config.student.milestones)

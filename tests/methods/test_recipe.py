@@ -144,6 +144,15 @@ def test_mirror_images_change_what_blocks_learn():
     assert not _same(_train("w4a4")[1], _train("w4a4", replace(CONFIG, mirror=False))[1])
 
 
+def test_with_many_bits_the_student_learns_more_gently():
+    strong, same = replace(CONFIG, many_bits_rate=1.0), replace(CONFIG, many_bits_rate=0.2)
+    students = [_train("w8a8", config, teacher=plain)[1] for config in (strong, same, CONFIG)]
+    assert _same(students[1], students[2])
+    assert not _same(students[0], students[1])
+    few = [_train("w4a4", config, teacher=plain)[1] for config in (strong, same)]
+    assert _same(*few)
+
+
 def test_with_low_bits_blocks_learn_twice_as_long():
     long = replace(CONFIG, reconstruction=replace(CONFIG.reconstruction, steps=12), low_bits=2)
     assert _same(_train("w3a3")[1], _train("w3a3", long)[1])
