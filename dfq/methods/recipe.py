@@ -24,9 +24,10 @@ seems near to its teacher (0.28), but its first features are lost, and real imag
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfq.descent import anneal, descend
 from dfq.distill.losses import output_divergence
@@ -160,12 +161,19 @@ def recipe_images(
 ) -> Images:
     """Make ``count`` images, half of them each way, or as many as ``config`` says."""
     distilled, inverted = _shares(data, config, count)
+    first = distilled.total_steps if distilled.batches else 0
+
+    def tell(before: int, stage: str, step: int, steps: int, **values: Tensor | float) -> None:
+        report(stage, before + step, first + inverted.total_steps, **values)
+
     parts = []
     if distilled.batches:
-        parts.append(gather(distilled_batches(teacher, data, distilled, rng=rng, report=report)))
+        batches = distilled_batches(teacher, data, distilled, rng=rng, report=partial(tell, 0))
+        parts.append(gather(batches))
     if inverted.batches:
         everyone = TeacherSampler([[model] for model in (teacher, *teachers)])
-        parts.append(gather(inverted_batches(everyone, data, inverted, rng=rng, report=report)))
+        batches = inverted_batches(everyone, data, inverted, rng=rng, report=partial(tell, first))
+        parts.append(gather(batches))
     return gather(parts, count)
 
 

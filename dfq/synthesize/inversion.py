@@ -80,6 +80,11 @@ class InversionConfig:
     swing: bool = True
     bfloat16: bool = True
 
+    @property
+    def total_steps(self) -> int:
+        """Steps for all batches."""
+        return self.batches * self.steps
+
 
 MIXMIX_INVERSION = InversionConfig(  # plain pixels; weights as DeepInversion's for CIFAR
     steps=2000,
@@ -110,7 +115,7 @@ def inverted_batches(
     the same on every device.
     """
     device = next(teachers.courses[0][0].parameters()).device
-    done, total = 0, config.batches * config.steps
+    done = 0
     levels = config.levels or 1 + int(math.log2(max(1, min(data.shape[1:]) / COARSEST)))
     for _ in range(config.batches):
         labels = torch.randperm(config.batch_size, generator=rng).to(device) % max(data.classes, 1)
@@ -127,7 +132,7 @@ def inverted_batches(
             descend(loss + _prior(images, data, config), optimizer)
             done += 1
             losses = {"bn_loss": mismatch.detach(), "class_loss": class_loss.detach()}
-            report("synthesize", done, total, **losses)
+            report("synthesize", done, config.total_steps, **losses)
         with torch.no_grad():
             images = pyramid()
         yield Images(images, labels)

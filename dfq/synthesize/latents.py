@@ -72,6 +72,11 @@ class LatentConfig:
     swing: bool = True
     bfloat16: bool = True
 
+    @property
+    def total_steps(self) -> int:
+        """Steps for all batches."""
+        return self.batches * self.steps + self.keep_generator * self.first_steps
+
 
 GENIE_LATENTS = LatentConfig(  # the released code's, except that no seed was fixed there
     steps=4000, keep_generator=False, lr=0.01, schedule="genie", stages=False, bfloat16=False
@@ -171,7 +176,6 @@ def distilled_batches(
     moments = image_moments(data)
     generator: nn.Module | None = None
     steps, done = config.steps + config.keep_generator * config.first_steps, 0
-    total = steps + (config.batches - 1) * config.steps
     for _ in range(config.batches):
         if generator is None or not config.keep_generator:
             with seeded_layers(rng):
@@ -191,7 +195,7 @@ def distilled_batches(
                 descend(loss, rates.generator, rates.latents)
                 done += 1
                 losses = {"bn_loss": bn_loss.detach(), "image_loss": image_loss.detach()}
-                report("synthesize", done, total, **losses)
+                report("synthesize", done, config.total_steps, **losses)
         yield Images(images.detach(), labels(output))
         steps = config.steps
 

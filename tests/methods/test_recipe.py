@@ -48,6 +48,19 @@ def _make(data=DATA, config=CONFIG, count=None):
     return recipe_images(residual(), data, config, count=count, rng=rng).images
 
 
+def test_it_counts_the_steps_of_both_kinds_of_images_through():
+    seen = []
+    recipe_images(
+        residual(),
+        DATA,
+        CONFIG,
+        rng=torch.Generator().manual_seed(0),
+        report=lambda stage, step, steps, **values: seen.append((stage, step, steps)),
+    )
+    total = 2 * 4 + 1 * 3  # batches times steps
+    assert seen == [("synthesize", step, total) for step in range(1, total + 1)]
+
+
 def _same(first, second):
     return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
