@@ -55,7 +55,7 @@ from dfq.types import DataSpec, Images, InputError
 
 SETTINGS = ("bits", "protocol", "edge_bits", "effort", "seed")  # of the request
 KEYS = ("model", "measure", "method", *SETTINGS, "images_sha256")
-NOISE_IMAGES = 1024  # as many as the recipe distills
+NOISE_IMAGES = 1024  # as many as the recipe makes by default
 
 
 def _weighing(config: DMKDConfig) -> dict[str, Any]:

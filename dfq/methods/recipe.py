@@ -42,7 +42,7 @@ from dfq.prepare.squant import balance_rounding
 from dfq.synthesize.inversion import InversionConfig, inverted_batches
 from dfq.synthesize.latents import LARGE, LatentConfig, distilled_batches
 from dfq.synthesize.pool import Schedule, gather, lessons
-from dfq.synthesize.teachers import TeacherSampler
+from dfq.synthesize.teachers import TeacherSampler, in_courses
 from dfq.types import DataSpec, Images, Report, silent
 
 
@@ -175,7 +175,7 @@ def recipe_images(
         batches = distilled_batches(teacher, data, distilled, rng=rng, report=partial(tell, 0))
         parts.append(gather(batches))
     if inverted.batches:
-        everyone = TeacherSampler([[model] for model in (teacher, *teachers)])
+        everyone = TeacherSampler(in_courses((teacher, *teachers), ()))
         batches = inverted_batches(everyone, data, inverted, rng=rng, report=partial(tell, first))
         parts.append(gather(batches))
     return gather(parts, count)

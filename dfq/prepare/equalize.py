@@ -5,7 +5,7 @@ share. Between a BatchNorm and the next layer with weights its size is free to c
 BatchNorm puts out smaller, the layer's weights take back, and through anything positively
 homogeneous (ReLU, LeakyReLU, pooling) the network computes what it did (Nagel et al., DFQ,
 arXiv:1906.04721). The range of a channel is known without data, since its BatchNorm says mean and
-deviation (section 4.2.2 there). Ours: the ranges are of activations, not of weights, whose grids
+deviation. Ours: the ranges are of activations, not of weights, whose grids
 are per channel here anyway, and half of them goes into the weights of a dense layer, as
 SmoothQuant (arXiv:2211.10438) does in transformers.
 """
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dfq.prepare.adds import is_relu
 from dfq.prepare.frozen import Frozen
 from dfq.prepare.layers import QConv2d, QLinear, QReLU
 from dfq.prepare.trace import trace
@@ -26,11 +27,9 @@ from dfq.prepare.trace import trace
 DEVIATIONS = 3.0  # of a channel from its mean that count as its range
 SMALLEST = 1e-3  # of the largest range and weight; below it a channel is as good as dead
 
-_RECTIFYING = (nn.ReLU, nn.LeakyReLU)
 _POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _PASSING = (*_POOLING, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten)
 _PASSING_CALLS = ("flatten", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "dropout")
-_RELU_CALLS = ("relu", "relu_")
 
 
 class Pair(NamedTuple):
@@ -132,9 +131,10 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Callable[[Tenso
     module = _module(node, modules)
     if isinstance(module, QReLU):
         return F.relu if module.maximum is None else None
-    if isinstance(module, _RECTIFYING):
-        return lambda x: F.leaky_relu(x, getattr(module, "negative_slope", 0.0))
+    if is_relu(node, modules):
+        return F.relu
+    if isinstance(module, nn.LeakyReLU):
+        return lambda x: F.leaky_relu(x, module.negative_slope)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if isinstance(module, _PASSING) or (node.op != "call_module" and name in _PASSING_CALLS):
-        return lambda x: x
-    return F.relu if node.op != "call_module" and name in _RELU_CALLS else None
+    passes = node.op != "call_module" and name in _PASSING_CALLS
+    return (lambda x: x) if passes or isinstance(module, _PASSING) else None
