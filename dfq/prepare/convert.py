@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dfq.prepare.adds import QAdd, quantize_adds
-from dfq.prepare.edges import execution_order, output_layers
+from dfq.prepare.edges import execution_order, output_layers, second_layers
 from dfq.prepare.frozen import freeze_batch_norm
 from dfq.prepare.fusion import fuse_relus
 from dfq.prepare.grid import range_to_scale
@@ -58,8 +58,9 @@ def prepare(
 
     - ``brecq``: every ``nn.Conv2d`` and ``nn.Linear`` gets a weight grid per output channel and an
       input grid per tensor; the first and the last layer have 8 bits for both, and of a model that
-      gives maps every layer that an output comes from. Residual additions
-      get grids of 8 bits where the graph of the model can be traced, and stay float elsewhere.
+      gives maps every layer that an output comes from. What the first layer puts out is taken in
+      at 8 bits too, as in the released code of BRECQ and of GENIE. Residual additions get grids of
+      8 bits where the graph of the model can be traced, and stay float elsewhere.
     - ``gdfq``: every weight at the target bits, and the output of every ``nn.ReLU`` and
       ``nn.ReLU6``. The network's input and tensors without a ReLU stay float.
 
@@ -73,14 +74,14 @@ def prepare(
         model: float model.
         bits: e.g. ``"w4a4"``.
         protocol: which tensors are quantized.
-        edge_bits: weight and input bits of the first and last layers; None: 8 for ``brecq``, the
-            target bits for ``gdfq``.
+        edge_bits: weight and input bits of the first and last layers, and with ``brecq`` at least
+            those of the second layer's input; None: 8 for ``brecq``, the target bits for ``gdfq``.
         scales: ``"learned"`` (LSQ) or ``"minmax"``.
         overrides: glob over module names -> bits (``"w8a8"``, or 8 for both), or None to leave it
             float. A module's override holds for all below it; of several the last one wins.
-        data: its shape finds the first and last layers, by running zeros through the copy, and its
-            range becomes the grid of the first layer's input, so that real images are not clipped
-            to what generated ones hold; None takes the order in which modules were defined.
+        data: its shape finds the first, second and last layers, by running zeros through the copy,
+            and its range becomes the grid of the first layer's input, so that real images are not
+            clipped to what generated ones hold; None takes the order in which modules were defined.
 
     Raises:
         InputError: if a layer cannot be quantized, naming it and the remedy; or on bad options.
@@ -103,6 +104,9 @@ def prepare(
         last = [order[-1]]
         if data and not data.classes:
             last = output_layers(student, layers, data.shape) or last
+        if protocol == "brecq":
+            second = second_layers(student, layers, data.shape, order[0]) if data else order[1:2]
+            plan |= dict.fromkeys(second, (target[0], max(edge, target[1])))
         plan |= dict.fromkeys([order[0], *last], (edge, edge))
     plan |= {name: bits for name, bits in chosen.items() if name in plan and bits}
     replacements = {

@@ -1,4 +1,4 @@
-"""Where images enter a network and where its outputs leave: the layers that keep more bits."""
+"""Where images enter a network and where its outputs leave: the tensors that keep more bits."""
 
 from __future__ import annotations
 
@@ -21,8 +21,29 @@ def execution_order(model: nn.Module, layers: list[str], shape: tuple[int, ...])
     """
     order: list[str] = []
     with torch.no_grad():
-        _run_with_hooks(model, layers, shape, lambda name, output: order.append(name))
+        _run_with_hooks(model, layers, shape, lambda name, args, output: order.append(name))
     return order or layers
+
+
+def second_layers(
+    model: nn.Module, layers: list[str], shape: tuple[int, ...], first: str
+) -> list[str]:
+    """The layers that take in what the layer ``first`` puts out and no other layer does.
+
+    Mostly one; two where a shortcut has a convolution of its own. Found as the output layers are:
+    of all layers before, their input depends on the first alone.
+    """
+    cuts: list[tuple[str, Tensor]] = []
+    found: list[str] = []
+
+    def cut(name: str, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if args and args[0].requires_grad and set(_reached(args[0], cuts)) == {first}:
+            found.append(name)
+        return _cut(cuts, name, output)
+
+    with torch.enable_grad():
+        _run_with_hooks(model, layers, shape, cut)
+    return list(dict.fromkeys(found))
 
 
 def output_layers(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -> list[str]:
@@ -34,31 +55,42 @@ def output_layers(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -
     """
     cuts: list[tuple[str, Tensor]] = []
 
-    def cut(name: str, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        cuts.append((name, leaf))
-        return leaf.clone()  # what follows may work in place
-
     with torch.enable_grad():
-        output = _run_with_hooks(model, layers, shape, cut)
+        output = _run_with_hooks(model, layers, shape, lambda name, args, o: _cut(cuts, name, o))
         try:
             ends = [end.sum() for end in tensors(output) if end.requires_grad]
         except TypeError:
             return []
         if not ends:
             return []
-        leaves = [leaf for _, leaf in cuts]
-        gradients = torch.autograd.grad(sum(ends), leaves, allow_unused=True)  # type: ignore
+        return _reached(sum(ends), cuts)  # type: ignore
+
+
+def _cut(cuts: list[tuple[str, Tensor]], name: str, output: Tensor) -> Tensor:
+    """The layer's output, kept in ``cuts`` as a leaf that knows nothing of what is before it."""
+    leaf = output.detach().requires_grad_()
+    cuts.append((name, leaf))
+    return leaf.clone()  # what follows may work in place
+
+
+def _reached(end: Tensor, cuts: list[tuple[str, Tensor]]) -> list[str]:
+    """The layers of ``cuts`` that ``end`` depends on."""
+    gradients = torch.autograd.grad(
+        end.sum(), [leaf for _, leaf in cuts], allow_unused=True, retain_graph=True
+    )
     return [name for (name, _), g in zip(cuts, gradients, strict=True) if g is not None]
 
 
 def _run_with_hooks(
-    model: nn.Module, layers: list[str], shape: tuple[int, ...], hook: Callable[[str, Tensor], Any]
+    model: nn.Module,
+    layers: list[str],
+    shape: tuple[int, ...],
+    hook: Callable[[str, tuple[Any, ...], Tensor], Any],
 ) -> Any:
-    """What the model gives for one zero image, while ``hook`` sees every layer's output."""
+    """What the model gives for one zero image; ``hook`` sees what every layer takes and gives."""
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: hook(name, output)
+            lambda module, args, output, name=name: hook(name, args, output)
         )
         for name in layers
     ]

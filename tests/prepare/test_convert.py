@@ -64,15 +64,17 @@ def test_student_trains_in_every_parameter(net, images):
 def test_brecq_quantizes_all_and_keeps_the_edges_at_8_bits(net):
     assert _bits(prepare(net, "w4a3")) == {
         "stem": (8, 8),
-        "grouped": (4, 3),
+        "grouped": (4, 8),  # takes in what the first layer puts out
         "pointwise": (4, 3),
         "head": (8, 8),
     }
-    assert _bits(prepare(net, "w4a3", edge_bits=6))["stem"] == (6, 6)
+    six = _bits(prepare(net, "w4a3", edge_bits=6))
+    assert (six["stem"], six["grouped"]) == ((6, 6), (4, 6))
+    assert _bits(prepare(net, "w4a5", edge_bits=2))["grouped"] == (4, 5)
     student = prepare(net, "w2a4")
     assert student.grouped.weight_quantizer.spec == QuantSpec(2, axis=0, midrise=True)
     assert student.stem.weight_quantizer.spec == QuantSpec(8, axis=0)
-    assert student.grouped.input_quantizer.spec == QuantSpec(4, symmetric=False, signed=False)
+    assert student.pointwise.input_quantizer.spec == QuantSpec(4, symmetric=False, signed=False)
 
 
 @pytest.mark.parametrize(("scales", "mode"), [("learned", "learned"), ("minmax", "dynamic")])
@@ -141,7 +143,7 @@ def test_edges_are_those_that_stay_quantized(net):
     assert _bits(prepare(net, "w4a4", overrides={"stem": None})) == {
         "stem": (None, None),
         "grouped": (8, 8),
-        "pointwise": (4, 4),
+        "pointwise": (4, 8),
         "head": (8, 8),
     }
 
@@ -181,8 +183,8 @@ class Unordered(nn.Module):
 def test_data_finds_the_edges_by_running():
     defined = _bits(prepare(Unordered(), "w4a4"))
     run = _bits(prepare(Unordered(), "w4a4", data=DataSpec(shape=(3, 6, 6), classes=2)))
-    assert defined == {"unused": (8, 8), "head": (4, 4), "stem": (4, 4), "body": (8, 8)}
-    assert run == {"unused": (4, 4), "head": (8, 8), "stem": (8, 8), "body": (4, 4)}
+    assert defined == {"unused": (8, 8), "head": (4, 8), "stem": (4, 4), "body": (8, 8)}
+    assert run == {"unused": (4, 4), "head": (8, 8), "stem": (8, 8), "body": (4, 8)}
 
 
 def test_data_gives_the_input_the_range_of_every_possible_image(images):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfq.prepare import describe, prepare
-from dfq.prepare.edges import execution_order, output_layers
+from dfq.prepare.edges import execution_order, output_layers, second_layers
 from dfq.types import DataSpec, InputError
 
 
@@ -43,7 +43,7 @@ def test_every_head_is_an_edge_of_a_model_of_maps(join):
     found = _bits(Heads(join), DATA)
     eight = {name for name, bits in found.items() if bits == (8, 8)}
     assert eight == {"stem.0", "boxes", "scores"}
-    assert found["middle"] == (4, 3)
+    assert found["middle"] == (4, 8)
     assert _bits(Heads(join), DATA, edge_bits=5)["boxes"] == (5, 5)
 
 
@@ -61,7 +61,32 @@ def test_a_classifier_has_one_last_layer():
     model = nn.Sequential(*body, nn.Linear(9, 4)).eval()
     assert output_layers(model, ["0", "4", "5"], (3, 6, 6)) == ["5"]
     found = _bits(model, DataSpec((3, 6, 6), classes=4))
-    assert [found[name] for name in "045"] == [(8, 8), (4, 3), (8, 8)]
+    assert [found[name] for name in "045"] == [(8, 8), (4, 8), (8, 8)]
+
+
+class Residual(nn.Module):
+    """A stem whose output a block, its shortcut and, through a sum, a later block take in."""
+
+    def __init__(self):
+        super().__init__()
+        self.tail = nn.Conv2d(6, 6, 1)
+        self.body, self.shortcut = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.later = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.body(x) + self.shortcut(x)
+        return self.tail(self.later(x + y)).mean((2, 3))
+
+
+def test_all_that_take_in_the_first_output_alone_are_second_layers():
+    names = ["tail", "body", "shortcut", "stem.0", "later"]
+    model = Residual()
+    assert second_layers(model, names, (3, 6, 6), "stem.0") == ["body", "shortcut"]
+    assert second_layers(model, names, (3, 6, 6), "later") == ["tail"]
+    found = _bits(model, DataSpec((3, 6, 6), classes=6), "w4a3")
+    assert [found[name][1] for name in ("body", "shortcut", "later")] == [8, 8, 3]
 
 
 def test_two_parallel_classifiers_keep_the_rule_of_the_last_one():
