@@ -19,15 +19,17 @@ class Net(nn.Module):
         self.leaky = nn.LeakyReLU(0.1)
         self.depth = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
         self.norm2, self.relu6 = nn.BatchNorm2d(8), nn.ReLU6()
-        self.point, self.norm3 = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
-        self.pool, self.last = nn.MaxPool2d(2), nn.Conv2d(12, 6, 1, bias=False)
-        self.norm4, self.head = nn.BatchNorm2d(6), nn.Linear(6, 5)
+        self.second = nn.Conv2d(8, 8, 1, groups=8, bias=False)
+        self.norm3, self.point = nn.BatchNorm2d(8), nn.Conv2d(8, 12, 1, bias=False)
+        self.norm4, self.pool = nn.BatchNorm2d(12), nn.MaxPool2d(2)
+        self.twofold = nn.Conv2d(12, 24, 1, groups=12, bias=False)
+        self.norm5, self.head = nn.BatchNorm2d(24), nn.Linear(24, 5)
 
     def forward(self, x):
         x = self.leaky(self.norm1(self.stem(x)))
-        x = self.relu6(self.norm2(self.depth(x)))
-        x = self.last(self.pool(F.relu(self.norm3(self.point(x)))))
-        x = F.adaptive_avg_pool2d(F.relu(self.norm4(x)), 1)
+        x = self.second(self.relu6(self.norm2(self.depth(x))))
+        x = self.pool(F.relu(self.norm4(self.point(F.relu(self.norm3(x))))))
+        x = F.adaptive_avg_pool2d(F.relu(self.norm5(self.twofold(x))), 1)
         return self.head(torch.flatten(x, 1))
 
 
@@ -35,11 +37,12 @@ def _model():
     torch.manual_seed(3)
     model = Net()
     with torch.no_grad():
+        for norm in (model.norm1, model.norm4):
+            size = 10 ** torch.empty(norm.num_features).uniform_(-2, 1)
+            norm.weight.copy_(size)
+            norm.bias.copy_(0.5 * size)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                size = 10 ** torch.empty(module.num_features).uniform_(-2, 1)
-                module.weight.copy_(size)
-                module.bias.copy_(0.5 * size)
                 module.momentum = 1.0
         model(torch.randn(64, 3, 8, 8))  # a small channel is amplified by the next BatchNorm
     return model.eval()
@@ -59,7 +62,7 @@ def _bypassed(student):
 def test_the_network_computes_what_it_did():
     x = torch.randn(4, 3, 8, 8)
     student = _bypassed(_student())
-    assert equalize_channels(student) == 3
+    assert equalize_channels(student) == 2
     with torch.no_grad():
         torch.testing.assert_close(student(x), _model()(x), rtol=1e-4, atol=1e-4)
 
@@ -72,8 +75,9 @@ def test_only_what_is_positively_homogeneous_lets_a_scale_pass():
         for (name, new), old in zip(student.named_parameters(), before.parameters(), strict=True)
         if new.isfinite().all() and not torch.equal(new, old)
     }
-    norms = {f"norm{i}.{part}" for i in (1, 3, 4) for part in ("weight", "bias")}
-    assert changed == norms | {"depth.weight", "last.weight", "head.weight"}  # not behind ReLU6
+    norms = {f"norm{i}.{part}" for i in (1, 4) for part in ("weight", "bias")}
+    # norm2 is behind a ReLU6, norm3 and norm5 are before dense layers
+    assert changed == norms | {"depth.weight", "twofold.weight"}
 
 
 def test_channels_before_a_depthwise_layer_get_one_range():
@@ -83,32 +87,23 @@ def test_channels_before_a_depthwise_layer_get_one_range():
     torch.testing.assert_close(high, high[:1].expand(8))
 
 
-def test_before_a_dense_layer_half_of_the_difference_goes_into_the_weights():
-    # s = sqrt(r / w) makes both r / s and w * s equal to sqrt(r * w)
-    student = _student()
-    equalize_channels(student)
-    high = student.norm3.bias + 3 * student.norm3.weight
-    ratio = high / student.last.weight.abs().amax((0, 2, 3))
-    torch.testing.assert_close(ratio, ratio[:1].expand(12))
-
-
 def test_a_channel_that_hardly_ever_passes_its_relu_is_not_blown_up():
     student = _student()
     with torch.no_grad():
-        student.norm3.weight.fill_(0.5)
-        student.norm3.bias.fill_(2.0)
-        student.norm3.bias[0] = -2.0
+        student.norm4.weight.fill_(0.5)
+        student.norm4.bias.fill_(2.0)
+        student.norm4.bias[0] = -2.0
     equalize_channels(student)
-    ranges = student.norm3.weight * torch.tensor([1.0] + [7.0] * 11)  # in deviations
-    ratio = ranges / student.last.weight.abs().amax((0, 2, 3))
-    torch.testing.assert_close(ratio, ratio[:1].expand(12))
+    ranges = student.norm4.weight * torch.tensor([1.0] + [7.0] * 11)  # in deviations
+    torch.testing.assert_close(ranges, ranges[:1].expand(12))
 
 
 def test_a_dead_channel_neither_divides_by_zero_nor_grows():
     student = _student()
     with torch.no_grad():
         student.norm1.weight[2] = student.norm1.bias[2] = 0.0
-        student.last.weight[:, 3] = 0.0
+        student.norm4.bias.zero_()
+        student.norm4.weight.zero_()
     equalize_channels(student)
     assert all(p.isfinite().all() for m in student.modules() for p in _tensors(m))
 
@@ -129,7 +124,7 @@ def test_quantized_outputs_come_nearer(bits):
         calibrate(student, x)
         with torch.no_grad():
             errors.append((student(x) - _model()(x)).square().mean())
-    assert errors[1] < 0.3 * errors[0]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_a_model_without_a_graph_stays_as_it_is():
