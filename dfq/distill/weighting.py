@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 WeightInput = Literal["image", "logits", "bank", "static", "random"]
 UNLEARNED = ("static", "random")  # of these
+LEAST_SCORE = (
+    -10.0
+)  # of "uncertainty": a teacher that is matched exactly counts e^10 times, not more
 Objective = Literal["softmax", "uncertainty", "entropy", "adversarial", "meta"]
 
 
@@ -87,7 +90,8 @@ def weighted_divergence(
     - "softmax" (R1): ``sum_k a_k D_k``. Its gradient feeds whatever teacher is easiest to
       match, and ends in one teacher; here to show just that.
     - "uncertainty" (R2): ``sum_k exp(-s_k) D_k + s_k`` with ``s = scores`` (Kendall et al.,
-      arXiv:1705.07115): the barrier ``s_k`` keeps every teacher in play.
+      arXiv:1705.07115): the barrier ``s_k`` keeps every teacher in play. No score counts as less
+      than ``LEAST_SCORE``.
     - "entropy" (R3): ``sum_k a_k D_k - entropy_weight * H(a)``.
     - "adversarial" (R4): ``sum_k a_k D_k`` that the scores climb and the student descends: weight
       goes to the teacher matched worst.
@@ -95,6 +99,7 @@ def weighted_divergence(
       the student does to other images: add ``a @ teacher_effects(...)`` of ``meta.py``.
     """
     if objective == "uncertainty":
+        scores = scores.clamp(min=LEAST_SCORE)
         precision = torch.exp(-scores)
         loss = (precision * divergence + scores).sum(1)
         return loss, precision / precision.sum(1, keepdim=True)

@@ -59,6 +59,16 @@ def test_uncertainty_weighs_by_the_inverse_divergence():
     )
 
 
+def test_uncertainty_stays_finite_where_a_teacher_is_matched_exactly():
+    # the score of a divergence of 0 falls for ever, and exp(200) * 0 is no number
+    scores = torch.tensor([[-200.0, 0.0]], requires_grad=True)
+    loss, weights = weighted_divergence(torch.tensor([[0.0, 1.0]]), scores, "uncertainty")
+    loss.sum().backward()
+    assert scores.grad.isfinite().all()
+    assert loss.item() == -9.0  # -10 of the first, 1 of the second
+    torch.testing.assert_close(weights[0, 1], torch.tensor(1 / (1 + 2.718281828**10)))
+
+
 def test_entropy_bonus_stops_at_its_softmax():
     # minimizing a.D - eta H(a) over the simplex gives a = softmax(-D / eta)
     expected = torch.softmax(-torch.tensor([1.0, 2.0, 3.0]) / 2.0, 0)
