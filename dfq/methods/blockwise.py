@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfq.distill.blocks import Plan, find_units
+from dfq.distill.blocks import find_units
 from dfq.distill.reconstruct import (
     Knobs,
     ReconstructionConfig,
@@ -50,26 +50,15 @@ def reconstruct_blocks(
     """Calibrate ``student`` on ``images`` [N, C, H, W] and let it learn in place, unit by unit."""
     calibrate(student, images)
     student.requires_grad_(False)
-    names, plan = _plan(student)
+    names = [n for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)]
+    graph = trace(student)
+    plan = find_units(graph, student, names, (QReLU,)) if graph else None
     units = reconstruction_units(float_twin(student), student, plan, names, images)
     total = config.steps * (plan.units if plan else len(names))
     for index, unit in enumerate(units):
         tell = partial(_tell, report, index * config.steps, total)
         _reconstruct(student, unit, config, rng, tell)
     student.requires_grad_(True)
-
-
-def layers_stand_alone(student: nn.Module) -> bool:
-    """Whether blocks of ``student`` hold hardly more than one layer: there are over 3/4 as many."""
-    names, plan = _plan(student)
-    return plan is None or plan.units > 0.75 * len(names)
-
-
-def _plan(student: nn.Module) -> tuple[list[str], Plan | None]:
-    """The layers of ``student``, and its units if its graph can be told."""
-    names = [n for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)]
-    graph = trace(student)
-    return names, find_units(graph, student, names, (QReLU,)) if graph else None
 
 
 def float_twin(student: nn.Module) -> nn.Module:

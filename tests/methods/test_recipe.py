@@ -7,14 +7,13 @@ from torch import nn
 from dfq.distill.features import capture_features, feature_distance
 from dfq.distill.student import StudentConfig
 from dfq.methods import RecipeConfig, recipe, recipe_images
-from dfq.methods.blockwise import layers_stand_alone
 from dfq.methods.recipe import RECIPE_EFFORTS, fewest_bits
 from dfq.prepare import calibrate, prepare
 from dfq.prepare.equalize import equalize_channels
 from dfq.prepare.squant import balance_rounding
 from dfq.synthesize.inversion import InversionConfig
 from dfq.types import DataSpec, Images, InputError
-from tests.methods.test_genie import DATA, TINY, Untraceable
+from tests.methods.test_genie import DATA, TINY
 from tests.methods.test_genie import _teacher as residual
 from tests.methods.test_methods import _teacher as plain
 
@@ -39,9 +38,9 @@ def _train(bits, config=CONFIG, seed=0, given=None, teacher=residual, teachers=(
         teachers=teachers,
         given=given,
         rng=torch.Generator().manual_seed(seed),
-        report=lambda stage, step, steps, **values: stages.append(stage),
+        report=lambda stage, step, steps, **values: stages.append((stage, steps)),
     )
-    return teacher, student, images, list(dict.fromkeys(stages))
+    return teacher, student, images, dict(stages)
 
 
 def _make(data=DATA, config=CONFIG, count=None):
@@ -67,23 +66,22 @@ def _same(first, second):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "bits", "stages"),
+    ("bits", "stages"),
     [
-        (residual, "w8a8", ["synthesize"]),
-        (residual, "w8a6", ["synthesize", "reconstruct"]),
-        (residual, "w2a2", ["synthesize", "reconstruct"]),
-        (plain, "w8a8", ["synthesize", "distill"]),
-        (plain, "w2a2", ["synthesize", "reconstruct", "distill"]),
+        ("w8a8", ["synthesize", "distill"]),
+        ("w8a6", ["synthesize", "reconstruct", "distill"]),
+        ("w2a2", ["synthesize", "reconstruct", "distill"]),
     ],
 )
-def test_bits_and_blocks_decide_which_parts_run(teacher, bits, stages):
-    assert _train(bits, teacher=teacher)[3] == stages
+def test_bits_decide_which_parts_run(bits, stages):
+    assert list(_train(bits)[3]) == stages
 
 
-def test_layers_stand_alone_where_hardly_any_share_a_block_or_no_graph_tells():
-    students = [prepare(teacher, "w4a4", data=DATA) for teacher in (residual(), plain())]
-    untraceable = prepare(residual(Untraceable), "w4a4", data=DATA)
-    assert [layers_stand_alone(s) for s in (*students, untraceable)] == [False, True, True]
+def test_below_four_bits_blocks_and_student_learn_for_twice_as_long():
+    four, three = _train("w4a4")[3], _train("w4a3")[3]
+    assert four["distill"] == CONFIG.distill_steps
+    for stage, factor in (("synthesize", 1), ("reconstruct", 2), ("distill", 2)):
+        assert three[stage] == factor * four[stage]
 
 
 def test_edges_with_fewer_bits_count_too():
@@ -130,7 +128,7 @@ def test_distilling_goes_on_from_the_reconstruction_and_brings_the_student_neare
     config = replace(CONFIG, distill_steps=150, distill_batch=16)
     teacher, student, images, _ = _train("w2a2", config, teacher=plain)
     _, rounded, same, stages = _train("w2a2", replace(config, distill_steps=0), teacher=plain)
-    assert stages == ["synthesize", "reconstruct"]  # distilling can be left out
+    assert list(stages) == ["synthesize", "reconstruct"]  # distilling can be left out
     assert torch.equal(images.images, same.images)
     layers = ["0", "3", "7"]
     distances = []
@@ -196,12 +194,6 @@ def test_with_many_bits_the_student_learns_more_gently():
     assert not _same(students[0], students[1])
     few = [_train("w4a4", config, teacher=plain)[1] for config in (strong, same)]
     assert _same(*few)
-
-
-def test_with_low_bits_blocks_learn_twice_as_long():
-    long = replace(CONFIG, reconstruction=replace(CONFIG.reconstruction, steps=12), low_bits=2)
-    assert _same(_train("w3a3")[1], _train("w3a3", long)[1])
-    assert not _same(_train("w4a4")[1], _train("w4a4", long)[1])
 
 
 def test_scales_must_be_learned():
