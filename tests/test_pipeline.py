@@ -71,7 +71,7 @@ def test_results_say_everything_about_the_run(tmp_path):
     assert results["seconds"].keys() == {"prepare", "method", "evaluate", "total"}
     assert results["seconds_in_method"].keys() == {"fit"}
     bits = {row["name"]: (row["weight_bits"], row["input_bits"]) for row in results["layers"]}
-    assert bits == {"0": (8, 8), "3": (3, 3), "8": (8, 8)}
+    assert bits == {"0": (8, 8), "3": (3, 8), "8": (8, 8)}
 
 
 def test_accuracies_are_those_of_the_three_models(tmp_path):
