@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 WeightInput = Literal["image", "logits", "bank", "static", "random"]
 UNLEARNED = ("static", "random")  # of these
-LEAST_SCORE = (
-    -10.0
-)  # of "uncertainty": a teacher that is matched exactly counts e^10 times, not more
+LEAST_SCORE = -10.0  # a teacher that is matched exactly counts e^10 times, and no more
 Objective = Literal["softmax", "uncertainty", "entropy", "adversarial", "meta"]
 
 

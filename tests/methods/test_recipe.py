@@ -66,15 +66,17 @@ def _same(first, second):
 
 
 @pytest.mark.parametrize(
-    ("bits", "stages"),
+    ("teacher", "bits", "stages"),
     [
-        ("w8a8", ["synthesize", "distill"]),
-        ("w8a6", ["synthesize", "reconstruct", "distill"]),
-        ("w2a2", ["synthesize", "reconstruct", "distill"]),
+        (residual, "w8a8", ["synthesize", "distill"]),
+        (residual, "w8a6", ["synthesize", "reconstruct", "distill"]),
+        (residual, "w2a2", ["synthesize", "reconstruct", "distill"]),
+        (plain, "w8a8", ["synthesize", "distill"]),
+        (plain, "w2a2", ["synthesize", "reconstruct", "distill"]),
     ],
 )
-def test_bits_decide_which_parts_run(bits, stages):
-    assert list(_train(bits)[3]) == stages
+def test_bits_decide_which_parts_run(teacher, bits, stages):
+    assert list(_train(bits, teacher=teacher)[3]) == stages
 
 
 def test_below_four_bits_blocks_and_student_learn_for_twice_as_long():
@@ -82,6 +84,13 @@ def test_below_four_bits_blocks_and_student_learn_for_twice_as_long():
     assert four["distill"] == CONFIG.distill_steps
     for stage, factor in (("synthesize", 1), ("reconstruct", 2), ("distill", 2)):
         assert three[stage] == factor * four[stage]
+
+
+def test_what_counts_as_low_bits_can_be_chosen():
+    longer = replace(CONFIG.reconstruction, steps=2 * CONFIG.reconstruction.steps)
+    long = replace(CONFIG, reconstruction=longer, distill_steps=10, low_bits=2)
+    assert _same(_train("w3a3")[1], _train("w3a3", long)[1])
+    assert not _same(_train("w4a4")[1], _train("w4a4", long)[1])
 
 
 def test_edges_with_fewer_bits_count_too():

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dfq.prepare import QConv2d, calibrate, prepare
+from dfq.prepare.dropping import activation_quantizers
 from dfq.prepare.equalize import equalize_channels
 from dfq.types import DataSpec
 
@@ -115,6 +116,7 @@ def _tensors(module):
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
 def test_quantized_outputs_come_nearer(bits):
+    """By the grids of the tensors that are equalized; all others are left out."""
     x = torch.randn(64, 3, 8, 8)
     errors = []
     for equalized in (False, True):
@@ -122,9 +124,14 @@ def test_quantized_outputs_come_nearer(bits):
         if equalized:
             equalize_channels(student)
         calibrate(student, x)
+        for quantizer in activation_quantizers(student):
+            quantizer.bypass = True
         with torch.no_grad():
-            errors.append((student(x) - _model()(x)).square().mean())
-    assert errors[1] < 0.5 * errors[0]
+            expected = student(x)
+            for layer in (student.depth, student.twofold):
+                layer.input_quantizer.bypass = False
+            errors.append((student(x) - expected).square().mean())
+    assert errors[1] < 0.3 * errors[0]
 
 
 def test_a_model_without_a_graph_stays_as_it_is():
