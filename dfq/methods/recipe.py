@@ -48,6 +48,7 @@ from dfq.methods.blockwise import check_learned, reconstruct_blocks
 from dfq.prepare import QConv2d, QLinear, Quantizer, calibrate, split_parameters
 from dfq.prepare.equalize import equalize_channels
 from dfq.prepare.squant import balance_rounding
+from dfq.synthesize.crops import random_crops
 from dfq.synthesize.inversion import InversionConfig, inverted_batches
 from dfq.synthesize.latents import LARGE, MAPS_LATENTS, LatentConfig, distilled_batches
 from dfq.synthesize.pool import Schedule, gather, lessons
@@ -69,6 +70,12 @@ class RecipeConfig:
         mirror: blocks learn from the mirror image of each image too. On ResNet-20 this takes the
             divergence from the teacher, on images that were distilled from another network, from
             0.65 to 0.54 at W3A3 and from 1.46 to 1.39 at W2A2 (512 images, 300 steps).
+        least_area: of images of more than 64 pixels, blocks learn from the mirror image's part of
+            at least so much area, and so does the student from the image's; see ``random_crops``.
+            MobileNetV1 at W4A4 comes nearer to its teacher on crops and blends of other images
+            (0.70 to 0.58 behind its blocks; 0.41 to 0.31 behind 150 steps of the student). A
+            detector sees all of its images: with parts it is further from its teacher, on whole
+            images of another seed (0.153 against 0.141 at W4A4).
         low_bits: with fewer, blocks and student learn for twice as many steps.
         many_bits: with so many or more, weights are rounded at once and nothing is reconstructed.
             The fewest bits count that the student has anywhere, of weights or activations.
@@ -84,6 +91,7 @@ class RecipeConfig:
     distill_steps: int = 750
     distill_batch: int = 64
     mirror: bool = True
+    least_area: float = 0.3
     low_bits: int = 4
     many_bits: int = 7
     many_bits_rate: float = 0.2
@@ -114,6 +122,7 @@ def _for_maps(batches: int, steps: int, distill_steps: int) -> RecipeConfig:
         ReconstructionConfig(steps=steps, batch_size=8),
         distill_steps=distill_steps,
         distill_batch=8,
+        least_area=1.0,
     )
 
 
@@ -145,7 +154,8 @@ def recipe(
     if bits < config.many_bits:
         shown, learning = images.images, config.reconstruction
         if config.mirror:
-            shown = torch.cat((shown, shown.flip(-1)))
+            mirrored = random_crops(shown.flip(-1), _least_area(shown, config), rng)
+            shown = torch.cat((shown, mirrored))
         if bits < config.low_bits:
             learning = replace(learning, steps=2 * learning.steps)
             steps *= 2
@@ -207,6 +217,10 @@ def _shares(
     return distilled, inverted
 
 
+def _least_area(images: Tensor, config: RecipeConfig) -> float:
+    return config.least_area if max(images.shape[2:]) > LARGE else 1.0
+
+
 def _distill(
     teacher: nn.Module,
     student: nn.Module,
@@ -220,7 +234,8 @@ def _distill(
     learning = config.student
     learning = replace(learning, lr=rate * learning.lr, scale_lr=rate * learning.scale_lr)
     optimizer = student_optimizer(*split_parameters(student), learning)
-    schedule = Schedule(1, 1, 1, steps, config.distill_batch)
+    least_area = _least_area(images.images, config)
+    schedule = Schedule(1, 1, 1, steps, config.distill_batch, least_area=least_area)
     layers = [n for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)]
     with capture_features(teacher, layers) as wanted, capture_features(student, layers) as shown:
         for lesson in lessons([images], schedule, rng=rng):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dfq.synthesize.crops import random_crops
 from dfq.synthesize.swing import shifted
 from dfq.types import Images, InputError
 
@@ -22,6 +23,7 @@ class Schedule:
         steps_per_batch: student steps after each generator batch, once the student has begun.
         batch_size: images of a student step.
         shift: images are flipped at random and moved by up to so many pixels; None: left alone.
+        least_area: then a part of each is shown, of at least so much of its area; 1: all of it.
 
     Raises:
         InputError: if the student would never begin, or find no images.
@@ -33,6 +35,7 @@ class Schedule:
     steps_per_batch: int = 1500
     batch_size: int = 64
     shift: int | None = 3
+    least_area: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.warmup_batches <= self.batches:
@@ -77,7 +80,9 @@ def lessons(
         first = batch * schedule.steps_per_batch
         for step in range(max(first, 0), first + schedule.steps_per_batch):
             images, labels = pool.sample(schedule.batch_size, rng)
-            yield Lesson(augment(images, schedule.shift, rng), labels, step, steps, pool.all())
+            images = augment(images, schedule.shift, rng)
+            images = random_crops(images, schedule.least_area, rng)
+            yield Lesson(images, labels, step, steps, pool.all())
 
 
 def gather(batches: Iterable[Images], count: int | None = None) -> Images:

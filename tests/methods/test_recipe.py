@@ -196,6 +196,18 @@ def test_mirror_images_change_what_blocks_learn():
     assert not _same(_train("w4a4")[1], _train("w4a4", replace(CONFIG, mirror=False))[1])
 
 
+@pytest.mark.parametrize(("bits", "distill_steps"), [("w4a4", 0), ("w8a8", 5)])
+def test_blocks_and_student_learn_from_parts_of_large_images_alone(bits, distill_steps):
+    parts = replace(CONFIG, distill_steps=distill_steps)
+    for side, same in ((72, False), (64, True)):
+        generator = torch.Generator().manual_seed(5)
+        images = torch.randn(16, 3, side, side, generator=generator)
+        given = Images(images, torch.zeros(16).long())
+        whole = replace(parts, least_area=1.0)
+        students = [_train(bits, config, given=given)[1] for config in (parts, whole)]
+        assert _same(*students) is same
+
+
 def test_with_many_bits_the_student_learns_more_gently():
     strong, same = replace(CONFIG, many_bits_rate=1.0), replace(CONFIG, many_bits_rate=0.2)
     students = [_train("w8a8", config, teacher=plain)[1] for config in (strong, same, CONFIG)]
