@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dfq.prepare.adds import QAdd, quantize_adds
-from dfq.prepare.edges import execution_order, output_layers, second_layers
+from dfq.prepare.edges import Edges, find_edges
 from dfq.prepare.frozen import freeze_batch_norm
 from dfq.prepare.fusion import fuse_relus
 from dfq.prepare.grid import range_to_scale
@@ -100,21 +100,17 @@ def prepare(
     plan = dict.fromkeys(layers, target)
     edge = edge_bits or (BRECQ_EDGE_BITS if protocol == "brecq" else None)
     if edge:
-        order = execution_order(student, layers, data.shape) if data else layers
-        last = [order[-1]]
-        if data and not data.classes:
-            last = output_layers(student, layers, data.shape) or last
+        edges = _edges(student, layers, data)
         if protocol == "brecq":
-            second = second_layers(student, layers, data.shape, order[0]) if data else order[1:2]
-            plan |= dict.fromkeys(second, (target[0], max(edge, target[1])))
-        plan |= dict.fromkeys([order[0], *last], (edge, edge))
+            plan |= dict.fromkeys(edges.second, (target[0], max(edge, target[1])))
+        plan |= dict.fromkeys([edges.order[0], *edges.outputs], (edge, edge))
     plan |= {name: bits for name, bits in chosen.items() if name in plan and bits}
     replacements = {
         student.get_submodule(name): _quantized(student.get_submodule(name), pair, protocol, scales)
         for name, pair in plan.items()
     }
-    if edge and data and order.count(order[0]) == 1:
-        _fix_input_range(replacements[student.get_submodule(order[0])], data)
+    if edge and data and edges.order.count(edges.order[0]) == 1:
+        _fix_input_range(replacements[student.get_submodule(edges.order[0])], data)
     if protocol == "gdfq":
         replacements |= _quantized_relus(student, chosen, target, scales)
     student = _replace(student, replacements).requires_grad_(True)
@@ -123,6 +119,16 @@ def prepare(
         student = quantize_adds(student, _activation_spec(SUM_BITS), scales=scales)
     quantize_weights_together(student)
     return student
+
+
+def _edges(student: nn.Module, layers: list[str], data: DataSpec | None) -> Edges:
+    """Its first, second and last layers; without ``data`` by the order of their definition."""
+    if not data:
+        return Edges(layers, layers[1:2], layers[-1:])
+    found = find_edges(student, layers, data.shape)
+    order = found.order or layers
+    heads = found.outputs if not data.classes else []
+    return Edges(order, found.second, heads or order[-1:])
 
 
 class Row(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,68 +13,61 @@ from dfq.prepare.frozen import evaluating
 from dfq.types import InputError
 
 
-def execution_order(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -> list[str]:
-    """The layers in the order in which a batch of one zero image reaches them.
+class Edges(NamedTuple):
+    """What one image tells of a model's layers.
+
+    Attributes:
+        order: the layers in the order in which it reaches them; one used twice is there twice.
+        second: those that take in what the first one puts out and no other layer does. Mostly one;
+            two where a shortcut has a convolution of its own.
+        outputs: those from which some output is reached without another layer between, in their
+            order; a detector has one for each of its heads. None where an output is no tensor or
+            has no gradient.
+    """
+
+    order: list[str]
+    second: list[str]
+    outputs: list[str]
+
+
+def find_edges(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -> Edges:
+    """Show the model one image of zeros and look where it passes; ``shape`` is ``[C, H, W]``.
+
+    Found without tracing: each layer's output is cut off from what is before it, so that whatever
+    depends on it does so with no other layer between.
 
     Raises:
         InputError: if the model does not take it.
     """
-    order: list[str] = []
-    with torch.no_grad():
-        _run_with_hooks(model, layers, shape, lambda name, args, output: order.append(name))
-    return order or layers
-
-
-def second_layers(
-    model: nn.Module, layers: list[str], shape: tuple[int, ...], first: str
-) -> list[str]:
-    """The layers that take in what the layer ``first`` puts out and no other layer does.
-
-    Mostly one; two where a shortcut has a convolution of its own. Found as the output layers are:
-    of all layers before, their input depends on the first alone.
-    """
     cuts: list[tuple[str, Tensor]] = []
-    found: list[str] = []
+    second: list[str] = []
 
     def cut(name: str, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if args and args[0].requires_grad and set(_reached(args[0], cuts)) == {first}:
-            found.append(name)
-        return _cut(cuts, name, output)
+        if args and args[0].requires_grad and set(_reached(args[0], cuts)) == {cuts[0][0]}:
+            second.append(name)
+        leaf = output.detach().requires_grad_()
+        cuts.append((name, leaf))
+        return leaf.clone()  # what follows may work in place
 
     with torch.enable_grad():
-        _run_with_hooks(model, layers, shape, cut)
-    return list(dict.fromkeys(found))
+        output = _run_with_hooks(model, layers, shape, cut)
+        outputs = _reached(_total(output), cuts)
+    return Edges([name for name, _ in cuts], list(dict.fromkeys(second)), outputs)
 
 
-def output_layers(model: nn.Module, layers: list[str], shape: tuple[int, ...]) -> list[str]:
-    """The layers from which some output is reached without another layer between, in their order.
-
-    A detector has one for each of its heads. Found without tracing: each layer's output is cut off
-    from what is before it, and those that the outputs still depend on are the ones. None, where
-    an output is no tensor or has no gradient.
-    """
-    cuts: list[tuple[str, Tensor]] = []
-
-    with torch.enable_grad():
-        output = _run_with_hooks(model, layers, shape, lambda name, args, o: _cut(cuts, name, o))
-        try:
-            ends = [end.sum() for end in tensors(output) if end.requires_grad]
-        except TypeError:
-            return []
-        if not ends:
-            return []
-        return _reached(sum(ends), cuts)  # type: ignore
+def _total(output: Any) -> Tensor | None:
+    """The sum of all outputs that have a gradient, if there are any."""
+    try:
+        ends = [end.sum() for end in tensors(output) if end.requires_grad]
+    except TypeError:
+        return None
+    return torch.stack(ends).sum() if ends else None
 
 
-def _cut(cuts: list[tuple[str, Tensor]], name: str, output: Tensor) -> Tensor:
-    """The layer's output, kept in ``cuts`` as a leaf that knows nothing of what is before it."""
-    leaf = output.detach().requires_grad_()
-    cuts.append((name, leaf))
-    return leaf.clone()  # what follows may work in place
-
-
-def _reached(end: Tensor, cuts: list[tuple[str, Tensor]]) -> list[str]:
+def _reached(end: Tensor | None, cuts: list[tuple[str, Tensor]]) -> list[str]:
     """The layers of ``cuts`` that ``end`` depends on."""
+    if end is None:
+        return []
     gradients = torch.autograd.grad(
         end.sum(), [leaf for _, leaf in cuts], allow_unused=True, retain_graph=True
     )

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dfq.prepare import describe, prepare
-from dfq.prepare.edges import execution_order, output_layers, second_layers
+from dfq.prepare.edges import find_edges
 from dfq.types import DataSpec, InputError
 
 
@@ -53,13 +53,13 @@ def test_a_head_that_feeds_another_layer_too_is_an_edge():
             x = self.stem(x)
             return self.middle(x), self.boxes(self.middle(x))
 
-    assert output_layers(Twice(), NAMES, (3, 6, 6)) == ["middle", "boxes"]
+    assert find_edges(Twice(), NAMES, (3, 6, 6)).outputs == ["middle", "boxes"]
 
 
 def test_a_classifier_has_one_last_layer():
     body = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 9)]
     model = nn.Sequential(*body, nn.Linear(9, 4)).eval()
-    assert output_layers(model, ["0", "4", "5"], (3, 6, 6)) == ["5"]
+    assert find_edges(model, ["0", "4", "5"], (3, 6, 6)).outputs == ["5"]
     found = _bits(model, DataSpec((3, 6, 6), classes=4))
     assert [found[name] for name in "045"] == [(8, 8), (4, 8), (8, 8)]
 
@@ -83,8 +83,12 @@ class Residual(nn.Module):
 def test_all_that_take_in_the_first_output_alone_are_second_layers():
     names = ["tail", "body", "shortcut", "stem.0", "later"]
     model = Residual()
-    assert second_layers(model, names, (3, 6, 6), "stem.0") == ["body", "shortcut"]
-    assert second_layers(model, names, (3, 6, 6), "later") == ["tail"]
+    edges = find_edges(model, names, (3, 6, 6))
+    assert edges == (
+        ["stem.0", "body", "shortcut", "later", "tail"],
+        ["body", "shortcut"],
+        ["tail"],
+    )
     found = _bits(model, DataSpec((3, 6, 6), classes=6), "w4a3")
     assert [found[name][1] for name in ("body", "shortcut", "later")] == [8, 8, 3]
 
@@ -101,14 +105,14 @@ def test_outputs_that_depend_on_no_layer_have_none():
             self.stem(x)
             return x.round().detach()
 
-    assert output_layers(Constant(), NAMES, (3, 6, 6)) == []
+    assert find_edges(Constant(), NAMES, (3, 6, 6)) == (["stem.0"], [], [])
 
 
 def test_nothing_is_left_behind():
     model = Heads()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert execution_order(model, NAMES, (3, 6, 6)) == ["stem.0", "middle", "scores", "boxes"]
-    output_layers(model, NAMES, (3, 6, 6))
+    edges = find_edges(model, NAMES, (3, 6, 6))
+    assert edges.order == ["stem.0", "middle", "scores", "boxes"]
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
@@ -116,4 +120,4 @@ def test_nothing_is_left_behind():
 
 def test_an_image_that_the_model_does_not_take_is_one_sentence():
     with pytest.raises(InputError, match=r"does not run on one image of shape \(1, 6, 6\)"):
-        output_layers(Heads(), NAMES, (1, 6, 6))
+        find_edges(Heads(), NAMES, (1, 6, 6))
