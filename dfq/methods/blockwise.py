@@ -19,8 +19,9 @@ from dfq.distill.reconstruct import (
     reconstruct,
     reconstruction_units,
 )
-from dfq.prepare import QConv2d, QLinear, QReLU, Quantizer, calibrate
+from dfq.prepare import QReLU, Quantizer, calibrate
 from dfq.prepare.dropping import activation_quantizers, dropping
+from dfq.prepare.layers import quantized_layers
 from dfq.prepare.rounding import SoftRounding, soft_rounding
 from dfq.prepare.trace import trace
 from dfq.types import InputError, Report
@@ -32,7 +33,7 @@ def check_learned(student: nn.Module) -> None:
     Raises:
         InputError: it was prepared with ``scales="minmax"``.
     """
-    modes = {m.weight_quantizer.mode for m in student.modules() if isinstance(m, QConv2d | QLinear)}
+    modes = {layer.weight_quantizer.mode for layer in quantized_layers(student).values()}
     if modes - {"learned"}:
         raise InputError(
             "block reconstruction learns the scales of weights; use scales learned, not minmax."
@@ -50,7 +51,7 @@ def reconstruct_blocks(
     """Calibrate ``student`` on ``images`` [N, C, H, W] and let it learn in place, unit by unit."""
     calibrate(student, images)
     student.requires_grad_(False)
-    names = [n for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)]
+    names = list(quantized_layers(student))
     graph = trace(student)
     plan = find_units(graph, student, names, (QReLU,)) if graph else None
     units = reconstruction_units(float_twin(student), student, plan, names, images)

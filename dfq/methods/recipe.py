@@ -45,8 +45,9 @@ from dfq.distill.features import capture_features, feature_distance
 from dfq.distill.reconstruct import ReconstructionConfig
 from dfq.distill.student import StudentConfig, student_optimizer
 from dfq.methods.blockwise import check_learned, reconstruct_blocks
-from dfq.prepare import QConv2d, QLinear, Quantizer, calibrate, split_parameters
+from dfq.prepare import Quantizer, calibrate, split_parameters
 from dfq.prepare.equalize import equalize_channels
+from dfq.prepare.layers import quantized_layers
 from dfq.prepare.squant import balance_rounding
 from dfq.synthesize.crops import random_crops
 from dfq.synthesize.inversion import InversionConfig, inverted_batches
@@ -236,7 +237,7 @@ def _distill(
     optimizer = student_optimizer(*split_parameters(student), learning)
     least_area = _least_area(images.images, config)
     schedule = Schedule(1, 1, 1, steps, config.distill_batch, least_area=least_area)
-    layers = [n for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)]
+    layers = list(quantized_layers(student))
     with capture_features(teacher, layers) as wanted, capture_features(student, layers) as shown:
         for lesson in lessons([images], schedule, rng=rng):
             anneal(optimizer, lesson.step / lesson.steps, config.student.milestones)

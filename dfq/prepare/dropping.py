@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dfq.prepare.layers import QConv2d, QLinear
+from dfq.prepare.layers import quantized_layers
 from dfq.prepare.quantizer import Quantizer
 
 
 def activation_quantizers(module: nn.Module) -> list[Quantizer]:
     """Every quantizer of ``module`` that is not a weight's."""
-    weights = {m.weight_quantizer for m in module.modules() if isinstance(m, QConv2d | QLinear)}
+    weights = {layer.weight_quantizer for layer in quantized_layers(module).values()}
     return [m for m in module.modules() if isinstance(m, Quantizer) and m not in weights]
 
 

@@ -207,6 +207,11 @@ class QReLU(nn.Module):
         return ", ".join(words + ["inplace"] * self.inplace)
 
 
+def quantized_layers(student: nn.Module) -> dict[str, QConv2d | QLinear]:
+    """Its convolutions and dense layers by name, in module order."""
+    return {n: m for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)}
+
+
 def _weight_quantizer(weight: Tensor, spec: QuantSpec, scales: str) -> Quantizer:
     if spec.axis not in (None, 0):
         raise InputError(f"the weight's axis must be 0 (output channels) or None, got {spec.axis}.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfq.outputs import are_logits, cast, map_distance
-from dfq.prepare.layers import QConv2d, QLinear
+from dfq.prepare.layers import quantized_layers
 from dfq.prepare.quantizer import Quantizer
 
 Importance = Literal["sensitivity", "hessian", "static", "uniform"]
@@ -43,7 +43,7 @@ def layer_importance(
         kind: one of the above.
         rng: on the CPU, for the probes of ``hessian``.
     """
-    layers = {n: m for n, m in student.named_modules() if isinstance(m, QConv2d | QLinear)}
+    layers = quantized_layers(student)
     if kind == "sensitivity":
         values = _sensitivities(teacher, student, images, layers)
     elif kind == "hessian":
