@@ -55,13 +55,12 @@ from dfq.types import DataSpec, Images, InputError
 
 SETTINGS = ("bits", "protocol", "edge_bits", "effort", "seed")  # of the request
 KEYS = ("model", "measure", "method", *SETTINGS, "images_sha256")
-NOISE_IMAGES = 1024  # as many as the recipe makes by default
 
 
 def _weighing(config: DMKDConfig) -> dict[str, Any]:
     """Every field but those that stay the effort's: how images are made and learned from."""
     names = [field.name for field in fields(config)]
-    decided = ("generator", "student", "schedule")
+    decided = ("generator", "student", "schedule", "temperature")
     return {name: getattr(config, name) for name in names if name not in decided}
 
 
@@ -167,11 +166,13 @@ def _one(flags: argparse.Namespace, case: dict[str, Any]) -> dict[str, Any]:
     data = DataSpec(flags.shape, flags.classes, flags.mean, flags.std)
     if case["method"] != "noise":
         return _measure(flags, case, data, flags.images)
+    _, recipe = _method(case, data)
+    count = recipe.image_count(data)
     with tempfile.TemporaryDirectory() as folder:
         rng = torch.Generator().manual_seed(case["seed"])
-        noise = torch.randn(NOISE_IMAGES, *data.shape, generator=rng)
+        noise = torch.randn(count, *data.shape, generator=rng)
         path = Path(folder) / "noise.npz"
-        write_images(path, Images(noise, torch.zeros(NOISE_IMAGES, dtype=torch.int64)), data)
+        write_images(path, Images(noise, torch.zeros(count, dtype=torch.int64)), data)
         return _measure(flags, case, data, path)
 
 

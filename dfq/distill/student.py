@@ -15,21 +15,18 @@ class StudentConfig:
     Attributes:
         lr: rate for weights, biases and BatchNorm's affine part, falling to 0.
         scale_lr: rate for the logarithms of the learned scales, falling to 0.
-        temperature: of the distillation.
         optimizer: Adam, or SGD with Nesterov momentum 0.9 and weight decay 1e-4 (GDFQ's code).
         milestones: fractions of the way at which rates fall tenfold, instead of a cosine.
     """
 
     lr: float = 5e-4
     scale_lr: float = 5e-3
-    temperature: float = 4.0
     optimizer: Literal["adam", "sgd"] = "adam"
     milestones: tuple[float, ...] = ()
 
 
 GDFQ_STUDENT = StudentConfig(  # the authors' cifar100_resnet20.hocon: 400 epochs of 200 steps
     lr=1e-4,
-    temperature=20.0,
     optimizer="sgd",
     milestones=(0.25, 0.5, 0.75),
 )

@@ -47,6 +47,7 @@ class DDAQConfig:
         student: how the student learns.
         schedule: when images are made and when the student learns; its ranges are taken when it
             begins, and from then on the second discriminator has a say.
+        temperature: of the distillation of logits.
         discrepancy_weight: of the second discriminator.
         feature_weight: of the distance of features in the student's loss.
         importance: how a layer's weight in both discriminators is found.
@@ -58,6 +59,7 @@ class DDAQConfig:
     schedule: Schedule = field(
         default_factory=lambda: Schedule(warmup_batches=4, steps_per_batch=300)
     )
+    temperature: float = 4.0
     discrepancy_weight: float = 0.1
     feature_weight: float = 1.0
     importance: Importance = "sensitivity"
@@ -71,7 +73,9 @@ _QUICK = DDAQConfig(
 _FULL = DDAQConfig(
     schedule=Schedule(batches=32, warmup_batches=8, pool_batches=32, steps_per_batch=200)
 )
-_PAPER = DDAQConfig(generator=GDFQ_GENERATOR, student=GDFQ_STUDENT, schedule=GDFQ_SCHEDULE)
+_PAPER = DDAQConfig(
+    generator=GDFQ_GENERATOR, student=GDFQ_STUDENT, schedule=GDFQ_SCHEDULE, temperature=20.0
+)
 DDAQ_EFFORTS = {"quick": _QUICK, "default": DDAQConfig(), "full": _FULL, "paper": _PAPER}
 
 
@@ -137,7 +141,7 @@ def ddaq(
             with torch.no_grad():
                 wanted_output = teacher(lesson.images)
             output = student(lesson.images)
-            kd = output_divergence(output, wanted_output, config.student.temperature).mean()
+            kd = output_divergence(output, wanted_output, config.temperature).mean()
             features = (prior.of_layers * feature_distance(shown, wanted, layers)).mean()
             descend(kd + config.feature_weight * features, optimizer)
             values = {"kd": kd.detach(), "features": features.detach()}

@@ -43,6 +43,7 @@ class DMKDConfig:
         student: how the student learns.
         schedule: when images are made and when the student learns; all ranges are taken when it
             begins.
+        temperature: of the distillation.
         float_teacher: whether the float model is the first of the teachers.
         teacher_bits: bits of the quantized teachers, weights and activations.
         weight_input: what the weight net looks at; "static" and "random" weights are not learned.
@@ -58,6 +59,7 @@ class DMKDConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     schedule: Schedule = field(default_factory=Schedule)
+    temperature: float = 4.0
     float_teacher: bool = True
     teacher_bits: tuple[int, ...] = (8, 6)
     weight_input: WeightInput = "image"
@@ -93,6 +95,7 @@ _PAPER = DMKDConfig(
     generator=GDFQ_GENERATOR,
     student=GDFQ_STUDENT,
     schedule=GDFQ_SCHEDULE,
+    temperature=20.0,
     objective="softmax",
 )
 DMKD_EFFORTS = {"quick": _QUICK, "default": DMKDConfig(), "full": _FULL, "paper": _PAPER}
@@ -125,7 +128,7 @@ def dmkd(
     own_rng = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=rng)))
     weight_net = _weight_net(teacher, len(teachers), data, config, own_rng)
     optimizer = student_optimizer(*split_parameters(student), config.student)
-    temperature = config.student.temperature
+    temperature = config.temperature
     weight_optimizer = torch.optim.Adam(  # a group may be empty, a list of parameters not
         [{"params": weight_net.parameters()}], lr=config.weight_lr
     )

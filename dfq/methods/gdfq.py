@@ -36,6 +36,7 @@ class GDFQConfig:
         student: how the student learns.
         schedule: when images are made and when the student learns; its ranges are taken when it
             begins.
+        temperature: of the distillation.
         kd_weight: weight of the divergence from the teacher, summed over classes.
         class_weight: weight of the student's cross entropy against the generator's labels.
     """
@@ -43,6 +44,7 @@ class GDFQConfig:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     schedule: Schedule = field(default_factory=Schedule)
+    temperature: float = 4.0
     kd_weight: float = 1.0
     class_weight: float = 0.0
 
@@ -58,6 +60,7 @@ _PAPER = GDFQConfig(
     generator=GDFQ_GENERATOR,
     student=GDFQ_STUDENT,
     schedule=GDFQ_SCHEDULE,
+    temperature=20.0,
     kd_weight=0.01,  # the authors' KLDivLoss averages over the 100 classes too
     class_weight=1.0,
 )
@@ -88,7 +91,7 @@ def gdfq(
         with torch.no_grad():
             teacher_logits = teacher(lesson.images)
         student_logits = student(lesson.images)
-        kd = kd_divergence(student_logits, teacher_logits, config.student.temperature).mean()
+        kd = kd_divergence(student_logits, teacher_logits, config.temperature).mean()
         loss = config.kd_weight * kd
         if config.class_weight:
             loss = loss + config.class_weight * F.cross_entropy(student_logits, lesson.labels)

@@ -97,6 +97,10 @@ class RecipeConfig:
     many_bits: int = 7
     many_bits_rate: float = 0.2
 
+    def image_count(self, data: DataSpec) -> int:
+        """How many images of that shape it makes."""
+        return sum(part.batches * part.batch_size for part in _shares(data, self, None))
+
 
 _QUICK = RecipeConfig(
     LatentConfig(batches=2, steps=60, first_steps=40),

@@ -167,10 +167,11 @@ def test_small_images_are_distilled_and_inverted_and_large_ones_only_inverted():
 
     both = _make()
     assert both.shape[0] == 32 + 16  # two batches of one kind, one of the other
+    assert CONFIG.image_count(DATA) == 48
     assert torch.equal(both[:32], _make(config=without("inversion")))
     large = DataSpec((3, 72, 72), 4, DATA.mean, DATA.std)
     inverted = _make(large)
-    assert len(inverted) == 16
+    assert len(inverted) == CONFIG.image_count(large) == 16
     assert torch.equal(inverted, _make(large, without("latents")))
     assert len(_make(large, count=20)) == 20
 
