@@ -10,7 +10,8 @@ deviation.
 Ours: the ranges are of activations, not of weights, and only depthwise layers take them over. Their
 weights have a grid for each channel, so that nothing is lost. A dense layer pays with the precision
 of its weights: half of the ranges to its weights, as SmoothQuant (arXiv:2211.10438) does, brought
-MobileNetV1 x0.25 no nearer at W8A8 (divergence 0.0016 against 0.0012 on synthetic images).
+MobileNetV1 x0.25 no nearer at W8A8 (divergence 0.0016 against 0.0012 on synthetic images) and
+further away at W4A4 (0.49 against 0.35 behind its blocks, 0.90 against 0.59 on painted images).
 """
 
 from __future__ import annotations
