@@ -75,10 +75,11 @@ def find_units(
 
     A unit holds the operations between one value and a residual add that depend on nothing else and
     that nothing else sees: the smallest stretch with one entry and one exit around the add. Each
-    other layer is a unit of its own. The normalizations and activations that follow alone belong
-    to either. So BasicBlocks, Bottlenecks and inverted residuals come out whole, and the layers of
-    a plain network one by one; where an add has no such stretch, its layers are units too. A layer
-    that the model uses twice is reconstructed where it is first used.
+    other layer is a unit of its own, but for a depthwise one, which is one with the layer that
+    alone reads it. The normalizations and activations that follow alone belong to either. So
+    BasicBlocks, Bottlenecks, inverted residuals and separable convolutions come out whole, and the
+    layers of a plain network one by one; where an add has no such stretch, its layers are units
+    too. A layer that the model uses twice is reconstructed where it is first used.
 
     Args:
         graph: of ``model``, as ``torch.fx`` traces it, with layers as leaves; not changed.
@@ -102,6 +103,7 @@ def find_units(
     units += [[node] for node in wanted if node not in taken]
     for unit in units:
         _extend(unit, modules, (*_POINTWISE_MODULES, *pointwise))
+    units = _join_separable(units, wanted, modules)
     return Plan(images.name, tuple(_ordered(nodes, units, wanted, images)))
 
 
@@ -178,6 +180,28 @@ def _extend(
         if not fits or _sources(follower) != [unit[-1]]:
             return
         unit.append(follower)
+
+
+def _join_separable(
+    units: list[list[fx.Node]], wanted: Collection[fx.Node], modules: dict[str, nn.Module]
+) -> list[list[fx.Node]]:
+    """A unit of one depthwise layer and the unit that alone reads it become one."""
+    starts = {unit[0]: unit for unit in units}
+    joined: list[list[fx.Node]] = []
+    for unit in units:
+        users = list(unit[-1].users)
+        follower = starts.get(users[0]) if len(users) == 1 else None
+        alone = sum(node in wanted for node in unit) == 1 and _is_depthwise(unit[0], modules)
+        if follower and alone and _sources(users[0]) == [unit[-1]]:
+            follower[:0] = unit
+        else:
+            joined.append(unit)
+    return joined
+
+
+def _is_depthwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    layer = modules[str(node.target)] if node.op == "call_module" else None
+    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
 def _ordered(

@@ -10,6 +10,10 @@ def _conv(inputs, outputs, *args, **kwargs):
     return nn.Conv2d(inputs, outputs, *args, bias=False, **kwargs)
 
 
+def _deep(channels):
+    return _conv(channels, channels, 3, 1, 1, groups=channels)
+
+
 class Cifar(nn.Module):
     """A BasicBlock whose shortcut has no parameters and halves the map."""
 
@@ -107,6 +111,18 @@ class Nested(nn.Module):
         return x + self.last(inside + self.second(inside))
 
 
+class Forked(nn.Module):
+    """A depthwise layer that two others read."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep, self.left, self.right = _deep(4), _conv(4, 4, 1), _conv(4, 4, 1)
+
+    def forward(self, x):
+        x = self.deep(x)
+        return torch.cat((self.left(x), self.right(x)), 1)
+
+
 class Tapped(nn.Module):
     """The value inside of the residual stretch is used outside of it: no unit can hold it."""
 
@@ -139,10 +155,31 @@ CASES = {
         Network(Inverted(4, 8), Inverted(8, 8)),
         [
             ("body.0.conv.0.0",),
-            ("body.0.conv.1.0",),
-            ("body.0.conv.2",),
+            ("body.0.conv.1.0", "body.0.conv.2"),
             ("body.1.conv.0.0", "body.1.conv.1.0", "body.1.conv.2"),
         ],
+    ),
+    "depthwise separable": (
+        Network(
+            _deep(4), nn.BatchNorm2d(4), nn.LeakyReLU(), _conv(4, 6, 1), _deep(6), _conv(6, 8, 1)
+        ),
+        [("body.0", "body.3"), ("body.4", "body.5")],
+    ),
+    "depthwise in a row": (
+        Network(_deep(4), _deep(4), _conv(4, 8, 1)),
+        [("body.0", "body.1"), ("body.2",)],
+    ),
+    "depthwise, not read by a layer": (
+        Network(_deep(4), nn.MaxPool2d(2), _conv(4, 8, 1)),
+        [("body.0",), ("body.2",)],
+    ),
+    "depthwise, read twice": (
+        Network(Forked()),
+        [("body.0.deep",), ("body.0.left",), ("body.0.right",)],
+    ),
+    "depthwise before a residual block": (
+        Network(_deep(4), Cifar()),
+        [("body.0",), ("body.1.conv1", "body.1.conv2")],
     ),
     "gated": (Network(Gated(), stem=8), [("body.0.conv", "body.0.squeeze")]),
     "nested": (
@@ -176,7 +213,7 @@ def _run(plan, model, images):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_residual_blocks_come_out_whole_and_other_layers_alone(name):
+def test_residual_blocks_come_out_whole_and_separable_layers_in_pairs(name):
     model, body = CASES[name]
     units = [step.layers for step in _plan(model).steps if step.layers]
     assert units == [("stem.0",), *body, ("fc",)]
