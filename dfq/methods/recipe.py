@@ -49,7 +49,7 @@ from dfq.prepare import Quantizer, calibrate, split_parameters
 from dfq.prepare.equalize import equalize_channels
 from dfq.prepare.layers import quantized_layers
 from dfq.prepare.squant import balance_rounding
-from dfq.synthesize.crops import random_crops
+from dfq.synthesize.crops import check_least_area, random_crops
 from dfq.synthesize.inversion import InversionConfig, inverted_batches
 from dfq.synthesize.latents import LARGE, MAPS_LATENTS, LatentConfig, distilled_batches
 from dfq.synthesize.pool import Schedule, gather, lessons
@@ -83,6 +83,9 @@ class RecipeConfig:
         many_bits_rate: with many bits the student's rates are times this. The distance of a
             detector from its teacher, on images of another seed, falls from 0.030 to 0.026 at W8A8;
             with the outputs alone and a rate of 5e-4 it rose to 0.077.
+
+    Raises:
+        InputError: ``least_area`` is no share of an image.
     """
 
     latents: LatentConfig = field(default_factory=lambda: LatentConfig(batches=4))
@@ -96,6 +99,9 @@ class RecipeConfig:
     low_bits: int = 4
     many_bits: int = 7
     many_bits_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_least_area(self.least_area)
 
     def image_count(self, data: DataSpec) -> int:
         """How many images of that shape it makes."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfq.synthesize.crops import random_crops
+from dfq.synthesize.crops import check_least_area, random_crops
 from dfq.synthesize.swing import shifted
 from dfq.types import Images, InputError
 
@@ -26,7 +26,7 @@ class Schedule:
         least_area: then a part of each is shown, of at least so much of its area; 1: all of it.
 
     Raises:
-        InputError: if the student would never begin, or find no images.
+        InputError: if the student would never begin, or find no images, or no part of one.
     """
 
     batches: int = 8
@@ -46,6 +46,7 @@ class Schedule:
         for name in ("pool_batches", "steps_per_batch", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_least_area(self.least_area)
 
 
 GDFQ_SCHEDULE = Schedule(  # the authors' cifar100_resnet20.hocon: 400 epochs of 200 steps

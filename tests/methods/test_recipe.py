@@ -209,6 +209,11 @@ def test_blocks_and_student_learn_from_parts_of_large_images_alone(bits, distill
         assert _same(*students) is same
 
 
+def test_a_part_that_is_none_is_refused_before_images_are_made():
+    with pytest.raises(InputError, match="least_area must be above 0"):
+        replace(CONFIG, least_area=0.0)
+
+
 def test_with_many_bits_the_student_learns_more_gently():
     strong, same = replace(CONFIG, many_bits_rate=1.0), replace(CONFIG, many_bits_rate=0.2)
     students = [_train("w8a8", config, teacher=plain)[1] for config in (strong, same, CONFIG)]

@@ -118,6 +118,7 @@ def test_batches_are_made_no_earlier_than_needed():
         ({"pool_batches": 0}, "pool_batches"),
         ({"steps_per_batch": 0}, "steps_per_batch"),
         ({"batch_size": 0}, "batch_size"),
+        ({"least_area": 0.0}, "least_area"),
     ],
 )
 def test_a_schedule_without_lessons_is_refused(change, field):
