@@ -197,16 +197,22 @@ def test_mirror_images_change_what_blocks_learn():
     assert not _same(_train("w4a4")[1], _train("w4a4", replace(CONFIG, mirror=False))[1])
 
 
-@pytest.mark.parametrize(("bits", "distill_steps"), [("w4a4", 0), ("w8a8", 5)])
-def test_blocks_and_student_learn_from_parts_of_large_images_alone(bits, distill_steps):
-    parts = replace(CONFIG, distill_steps=distill_steps)
-    for side, same in ((72, False), (64, True)):
-        generator = torch.Generator().manual_seed(5)
-        images = torch.randn(16, 3, side, side, generator=generator)
-        given = Images(images, torch.zeros(16).long())
-        whole = replace(parts, least_area=1.0)
-        students = [_train(bits, config, given=given)[1] for config in (parts, whole)]
-        assert _same(*students) is same
+@pytest.mark.parametrize(
+    ("bits", "side", "changes", "same"),
+    [
+        ("w4a4", 72, {"distill_steps": 0}, False),  # blocks learn from parts
+        ("w4a4", 72, {"mirror": False}, False),  # the student does
+        ("w4a4", 64, {}, True),
+        ("w8a8", 72, {}, True),
+    ],
+)
+def test_with_few_bits_parts_of_large_images_are_learned_from(bits, side, changes, same):
+    images = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(5))
+    given = Images(images, torch.zeros(16).long())
+    parts = replace(CONFIG, **changes)
+    whole = replace(parts, least_area=1.0)
+    students = [_train(bits, config, given=given)[1] for config in (parts, whole)]
+    assert _same(*students) is same
 
 
 def test_a_part_that_is_none_is_refused_before_images_are_made():
