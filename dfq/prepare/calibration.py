@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.prepare.frozen import evaluating
-from dfq.prepare.layers import QConv2d, QLinear
+from dfq.prepare.layers import quantized_layers
 from dfq.prepare.observer import SAMPLE, Sample, search_scale
 from dfq.prepare.quantizer import Quantizer
 from dfq.types import InputError
@@ -65,13 +65,12 @@ def observing(student: nn.Module) -> Iterator[None]:
 def _search_weights(student: nn.Module, names: dict[Quantizer, str]) -> set[Quantizer]:
     """Scale the learned weight quantizers; return all weight quantizers."""
     quantizers = set()
-    for module in student.modules():
-        if isinstance(module, QConv2d | QLinear):
-            quantizer = module.weight_quantizer
-            quantizers.add(quantizer)
-            _check_finite(names[quantizer], module.weight)
-            if quantizer.mode == "learned":
-                quantizer.set_qparams(*search_scale(module.weight, quantizer.spec))
+    for layer in quantized_layers(student).values():
+        quantizer = layer.weight_quantizer
+        quantizers.add(quantizer)
+        _check_finite(names[quantizer], layer.weight)
+        if quantizer.mode == "learned":
+            quantizer.set_qparams(*search_scale(layer.weight, quantizer.spec))
     return quantizers
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.prepare.grid import align
-from dfq.prepare.layers import QConv2d, QLinear
+from dfq.prepare.layers import quantized_layers
 from dfq.types import InputError
 
 
@@ -27,17 +27,16 @@ def balance_rounding(student: nn.Module) -> None:
     Raises:
         InputError: if a weight has no scale yet.
     """
-    for layer in student.modules():
-        if isinstance(layer, QConv2d | QLinear):
-            weight, quantizer = layer.weight, layer.weight_quantizer
-            spec = quantizer.spec
-            if not quantizer.has_scale:
-                raise InputError("the weights have no scales yet; call calibrate first.")
-            scale, zero_point = (align(p, weight, spec) for p in quantizer.qparams(weight))
-            offset = (0.5 if spec.midrise else 0.0) - zero_point
-            steps = (weight.float() / scale - offset).reshape(*weight.shape[:2], -1)
-            codes = balanced_codes(steps, spec.quant_min, spec.quant_max)
-            weight.copy_((codes.reshape(weight.shape) + offset) * scale)
+    for layer in quantized_layers(student).values():
+        weight, quantizer = layer.weight, layer.weight_quantizer
+        spec = quantizer.spec
+        if not quantizer.has_scale:
+            raise InputError("the weights have no scales yet; call calibrate first.")
+        scale, zero_point = (align(p, weight, spec) for p in quantizer.qparams(weight))
+        offset = (0.5 if spec.midrise else 0.0) - zero_point
+        steps = (weight.float() / scale - offset).reshape(*weight.shape[:2], -1)
+        codes = balanced_codes(steps, spec.quant_min, spec.quant_max)
+        weight.copy_((codes.reshape(weight.shape) + offset) * scale)
 
 
 def balanced_codes(steps: Tensor, quant_min: int, quant_max: int) -> Tensor:
