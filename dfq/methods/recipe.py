@@ -64,7 +64,9 @@ class RecipeConfig:
     Attributes:
         latents: how images of up to 64 pixels are distilled.
         inversion: how images are inverted.
-        reconstruction: how each block learns.
+        reconstruction: how each block learns. ResNet-20 at W4A4 comes as near with 1000 steps of 16
+            images as of 32 (0.156 and 0.154; on images the teacher is sure of 0.041 and 0.042), in
+            0.63 of the time, and nearer than with 500 of 32 (0.167, 0.055), which take 0.85 of it.
         student: how the whole student learns after its blocks.
         distill_steps: for how many steps; 0 leaves it out.
         distill_batch: images of such a step.
@@ -78,12 +80,20 @@ class RecipeConfig:
             detector sees all of its images: with parts it is further from its teacher, on whole
             images of another seed (0.153 against 0.141 at W4A4). With many bits they bring
             nothing (MobileNetV1 at W8A8 0.018 against 0.016) and all is learned from whole images.
+        large_batch: images of a step, of more than 64 pixels, for blocks and student.
+        large_steps: and so many times as many steps. MobileNetV1 at W4A4 comes as near with 1200
+            steps a block of 8 images as with 600 of 32 (0.33 and 0.33 on crops and blends, 0.46 and
+            0.41 on painted images), in 0.54 of the time; from there 600 steps of the student with 8
+            images take 0.34 to 0.29, and 150 with 32 images, in the same time, to 0.36.
         low_bits: with fewer, blocks and student learn for twice as many steps.
         many_bits: with so many or more, weights are rounded at once and nothing is reconstructed.
             The fewest bits count that the student has anywhere, of weights or activations.
-        many_bits_rate: with many bits the student's rates are times this. The distance of a
-            detector from its teacher, on images of another seed, falls from 0.030 to 0.026 at W8A8;
-            with the outputs alone and a rate of 5e-4 it rose to 0.077.
+        gentle: with many bits and above 64 pixels the student's rates are times this. MobileNetV1
+            at W4A4, 1200 steps of 8 images: at 1e-4 the divergence on crops and blends falls from
+            0.31 to 0.25 and stays on painted images (0.46, 0.45); at 3e-4 it falls to 0.24 and
+            rises to 0.60 in 2400 steps. At W8A8 a detector's distance from its teacher, on images
+            of another seed, falls from 0.029 to 0.025 at 1e-4, to 0.026 at 2e-4, and with the
+            outputs alone at 5e-4 it rose to 0.077.
 
     Raises:
         InputError: ``least_area`` is no share of an image.
@@ -91,15 +101,19 @@ class RecipeConfig:
 
     latents: LatentConfig = field(default_factory=lambda: LatentConfig(batches=4))
     inversion: InversionConfig = field(default_factory=lambda: InversionConfig(batches=4))
-    reconstruction: ReconstructionConfig = field(default_factory=lambda: ReconstructionConfig(500))
+    reconstruction: ReconstructionConfig = field(
+        default_factory=lambda: ReconstructionConfig(1000, 16)
+    )
     student: StudentConfig = field(default_factory=lambda: StudentConfig(1e-3, 5e-4))
     distill_steps: int = 750
     distill_batch: int = 64
     mirror: bool = True
     least_area: float = 0.3
+    large_batch: int = 8
+    large_steps: int = 4
     low_bits: int = 4
     many_bits: int = 7
-    many_bits_rate: float = 0.2
+    gentle: float = 0.1
 
     def __post_init__(self) -> None:
         check_least_area(self.least_area)
@@ -131,16 +145,16 @@ def _for_maps(batches: int, steps: int, distill_steps: int) -> RecipeConfig:
     return RecipeConfig(
         replace(MAPS_LATENTS, batch_size=32, batches=batches),
         InversionConfig(batch_size=32, batches=batches, steps=60, mixed=0.0, bn_moment="relative"),
-        ReconstructionConfig(steps=steps, batch_size=8),
+        ReconstructionConfig(steps),
         distill_steps=distill_steps,
-        distill_batch=8,
         least_area=1.0,
+        large_steps=1,
     )
 
 
 RECIPE_MAPS = {
     "quick": _for_maps(2, 200, 400),
-    "default": _for_maps(4, 500, 1000),
+    "default": _for_maps(4, 1000, 1000),
     "full": _for_maps(8, 2000, 4000),
 }
 
@@ -162,22 +176,18 @@ def recipe(
     images = given or recipe_images(
         teacher, data, config, teachers=teachers, rng=rng, report=report
     )
-    bits, steps = fewest_bits(student), config.distill_steps
+    bits, shown = fewest_bits(student), images.images
+    config = _fit(config, bits, large=max(shown.shape[2:]) > LARGE)
     if bits < config.many_bits:
-        shown, learning = images.images, config.reconstruction
         if config.mirror:
-            mirrored = random_crops(shown.flip(-1), _least_area(shown, config), rng)
+            mirrored = random_crops(shown.flip(-1), config.least_area, rng)
             shown = torch.cat((shown, mirrored))
-        if bits < config.low_bits:
-            learning = replace(learning, steps=2 * learning.steps)
-            steps *= 2
-        reconstruct_blocks(student, shown, learning, rng=rng, report=report)
+        reconstruct_blocks(student, shown, config.reconstruction, rng=rng, report=report)
     else:
-        calibrate(student, images.images)
+        calibrate(student, shown)
         balance_rounding(student)
-        config = _gently(config)
-    if steps:
-        _distill(teacher, student, images, config, steps, rng, report)
+    if config.distill_steps:
+        _distill(teacher, student, images, config, rng, report)
     return student, images
 
 
@@ -229,15 +239,26 @@ def _shares(
     return distilled, inverted
 
 
-def _least_area(images: Tensor, config: RecipeConfig) -> float:
-    return config.least_area if max(images.shape[2:]) > LARGE else 1.0
-
-
-def _gently(config: RecipeConfig) -> RecipeConfig:
-    """How the student learns with many bits, which leave little to learn."""
-    student, rate = config.student, config.many_bits_rate
-    student = replace(student, lr=rate * student.lr, scale_lr=rate * student.scale_lr)
-    return replace(config, student=student, least_area=1.0)
+def _fit(config: RecipeConfig, bits: int, *, large: bool) -> RecipeConfig:
+    """``config`` for a student of so many bits, and for images of more than 64 pixels or not."""
+    blocks, student, batch = config.reconstruction, config.student, config.distill_batch
+    many, longer = bits >= config.many_bits, 1
+    if bits < config.low_bits:
+        longer *= 2
+    if large:
+        longer *= config.large_steps
+        blocks, batch = replace(blocks, batch_size=config.large_batch), config.large_batch
+    if large or many:
+        lr, scale_lr = config.gentle * student.lr, config.gentle * student.scale_lr
+        student = replace(student, lr=lr, scale_lr=scale_lr)
+    return replace(
+        config,
+        reconstruction=replace(blocks, steps=longer * blocks.steps),
+        student=student,
+        distill_steps=longer * config.distill_steps,
+        distill_batch=batch,
+        least_area=config.least_area if large and not many else 1.0,
+    )
 
 
 def _distill(
@@ -245,13 +266,13 @@ def _distill(
     student: nn.Module,
     images: Images,
     config: RecipeConfig,
-    steps: int,
     rng: torch.Generator,
     report: Report,
 ) -> None:
     optimizer = student_optimizer(*split_parameters(student), config.student)
-    least_area = _least_area(images.images, config)
-    schedule = Schedule(1, 1, 1, steps, config.distill_batch, least_area=least_area)
+    schedule = Schedule(
+        1, 1, 1, config.distill_steps, config.distill_batch, least_area=config.least_area
+    )
     layers = list(quantized_layers(student))
     with capture_features(teacher, layers) as wanted, capture_features(student, layers) as shown:
         for lesson in lessons([images], schedule, rng=rng):

@@ -61,6 +61,11 @@ def test_it_counts_the_steps_of_both_kinds_of_images_through():
     assert seen == [("synthesize", step, total) for step in range(1, total + 1)]
 
 
+def _given(side):
+    images = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(5))
+    return Images(images, torch.zeros(16).long())
+
+
 def _same(first, second):
     return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
@@ -207,8 +212,7 @@ def test_mirror_images_change_what_blocks_learn():
     ],
 )
 def test_with_few_bits_parts_of_large_images_are_learned_from(bits, side, changes, same):
-    images = torch.randn(16, 3, side, side, generator=torch.Generator().manual_seed(5))
-    given = Images(images, torch.zeros(16).long())
+    given = _given(side)
     parts = replace(CONFIG, **changes)
     whole = replace(parts, least_area=1.0)
     students = [_train(bits, config, given=given)[1] for config in (parts, whole)]
@@ -220,13 +224,33 @@ def test_a_part_that_is_none_is_refused_before_images_are_made():
         replace(CONFIG, least_area=0.0)
 
 
-def test_with_many_bits_the_student_learns_more_gently():
-    strong, same = replace(CONFIG, many_bits_rate=1.0), replace(CONFIG, many_bits_rate=0.2)
-    students = [_train("w8a8", config, teacher=plain)[1] for config in (strong, same, CONFIG)]
+@pytest.mark.parametrize(
+    ("bits", "side", "gently"),
+    [
+        ("w8a8", 32, True),
+        ("w4a4", 72, True),
+        ("w4a4", 64, False),
+    ],
+)
+def test_with_many_bits_or_large_images_the_student_learns_gently(bits, side, gently):
+    given = _given(side)
+    strong, same = replace(CONFIG, gentle=1.0), replace(CONFIG, gentle=0.1)
+    students = [_train(bits, config, given=given)[1] for config in (strong, same, CONFIG)]
     assert _same(students[1], students[2])
-    assert not _same(students[0], students[1])
-    few = [_train("w4a4", config, teacher=plain)[1] for config in (strong, same)]
-    assert _same(*few)
+    assert _same(students[0], students[1]) is not gently
+
+
+@pytest.mark.parametrize(("side", "times", "batch"), [(64, 1, 8), (72, 4, 4)])
+def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, batch):
+    seen = []
+    teacher = residual()
+    teacher.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    config = replace(CONFIG, large_batch=4)
+    stages = _train("w4a4", config, given=_given(side), teacher=lambda: teacher)[3]
+    assert stages["distill"] == times * CONFIG.distill_steps
+    assert seen[-1] == batch
+    once = _train("w4a4", replace(CONFIG, large_steps=1), given=_given(side))[3]
+    assert stages["reconstruct"] == times * once["reconstruct"]
 
 
 def test_scales_must_be_learned():
