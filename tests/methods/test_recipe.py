@@ -224,22 +224,6 @@ def test_a_part_that_is_none_is_refused_before_images_are_made():
         replace(CONFIG, least_area=0.0)
 
 
-@pytest.mark.parametrize(
-    ("bits", "side", "gently"),
-    [
-        ("w8a8", 32, True),
-        ("w4a4", 72, True),
-        ("w4a4", 64, False),
-    ],
-)
-def test_with_many_bits_or_large_images_the_student_learns_gently(bits, side, gently):
-    given = _given(side)
-    strong, same = replace(CONFIG, gentle=1.0), replace(CONFIG, gentle=0.1)
-    students = [_train(bits, config, given=given)[1] for config in (strong, same, CONFIG)]
-    assert _same(students[1], students[2])
-    assert _same(students[0], students[1]) is not gently
-
-
 @pytest.mark.parametrize(("side", "times", "batch"), [(64, 1, 8), (72, 4, 4)])
 def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, batch):
     seen = []
