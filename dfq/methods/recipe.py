@@ -80,11 +80,11 @@ class RecipeConfig:
             On images the teacher is sure of ResNet-20 at W3A3 falls from 0.19 to 0.15 in 200 steps
             at 1e-4 and rises to 0.22 at 5e-4; at W4A4 from 0.041 to 0.038 in 400, and to 0.044 at
             1e-3; at W2A2 from 0.65 to 0.63, and to 0.69 (but over all images from 1.03 to 1.06, and
-            to 0.90). MobileNetV1 at W4A4, 8 images a step:
-            0.31 to 0.25 and on painted images 0.46 to 0.45; at 3e-4 and for longer 0.24 and 0.60.
-            A detector's distance at W8A8, on images of another seed, falls from 0.029 to 0.025 (at
-            2e-4 0.026; with the outputs alone at 5e-4 it rose to 0.077), at W4A4 from 0.154 to
-            0.137 (at 1e-3 0.142).
+            to 0.90). MobileNetV1 at W4A4, 8 images a step, falls from 0.31 to 0.25, and on painted
+            images from 0.46 to 0.45; at 3e-4 and for longer it gets to 0.24 and 0.60. A detector's
+            distance at W8A8, on images of another seed, falls from 0.029 to 0.025 (at 2e-4 0.026;
+            with the outputs alone at 5e-4 it rose to 0.077), at W4A4 from 0.154 to 0.137 (at 1e-3
+            0.142).
         distill_steps: for how many steps; 0 leaves it out.
         distill_batch: images of such a step.
         mirror: blocks learn from the mirror image of each image too. On ResNet-20 this takes the
