@@ -62,6 +62,9 @@ class ReconstructionConfig:
             raise InputError(
                 f"drop must be 0 to 1 and warmup 0 to below 1, got {self.drop} and {self.warmup}."
             )
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 GENIE_RECONSTRUCTION = ReconstructionConfig(  # the released code's

@@ -60,10 +60,10 @@ from dfq.prepare.layers import quantized_layers
 from dfq.prepare.squant import balance_rounding
 from dfq.synthesize.crops import check_least_area, random_crops
 from dfq.synthesize.inversion import InversionConfig, inverted_batches
-from dfq.synthesize.latents import LARGE, MAPS_LATENTS, LatentConfig, distilled_batches
+from dfq.synthesize.latents import MAPS_LATENTS, LatentConfig, distilled_batches, is_large
 from dfq.synthesize.pool import Schedule, gather, lessons
 from dfq.synthesize.teachers import TeacherSampler, in_courses
-from dfq.types import DataSpec, Images, Report, silent
+from dfq.types import DataSpec, Images, InputError, Report, silent
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class RecipeConfig:
             The fewest bits count that the student has anywhere, of weights or activations.
 
     Raises:
-        InputError: ``least_area`` is no share of an image.
+        InputError: ``least_area`` is no share of an image, or a step would have no images.
     """
 
     latents: LatentConfig = field(default_factory=lambda: LatentConfig(batches=4))
@@ -127,6 +127,9 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         check_least_area(self.least_area)
+        for name in ("distill_batch", "large_batch", "large_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def image_count(self, data: DataSpec) -> int:
         """How many images of that shape it makes."""
@@ -186,7 +189,7 @@ def recipe(
         teacher, data, config, teachers=teachers, rng=rng, report=report
     )
     bits, shown = fewest_bits(student), images.images
-    config = _fit(config, bits, large=max(shown.shape[2:]) > LARGE)
+    config = _fit(config, bits, large=is_large(shown.shape))
     if bits < config.many_bits:
         if config.mirror:
             mirrored = random_crops(shown.flip(-1), config.least_area, rng)
@@ -238,7 +241,7 @@ def _shares(
 ) -> tuple[LatentConfig, InversionConfig]:
     """How many batches are made each way."""
     distilled, inverted = config.latents, config.inversion
-    if max(data.shape[1:]) > LARGE:
+    if is_large(data.shape):
         distilled = replace(distilled, batches=0)
     if count:
         half = -(-count // 2) if distilled.batches else 0

@@ -8,7 +8,7 @@ released code; the cosine schedule and the generator that is kept are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -200,8 +200,13 @@ def distilled_batches(
         steps = config.steps
 
 
+def is_large(shape: Sequence[int]) -> bool:
+    """Whether images of ``shape``, [..., H, W], have a side of more than ``LARGE`` pixels."""
+    return max(shape[-2:]) > LARGE
+
+
 def _generator(data: DataSpec, config: LatentConfig) -> nn.Module:
-    stages = max(data.shape[1:]) > LARGE if config.stages is None else config.stages
+    stages = is_large(data.shape) if config.stages is None else config.stages
     return (StagedGenerator if stages else LatentGenerator)(data, config.latent_dim)
 
 

@@ -234,3 +234,9 @@ def test_reconstruction_error_by_hand(shape):
 def test_shares_beyond_one_are_refused(change):
     with pytest.raises(InputError, match="drop must be"):
         replace(QUICK, **change)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_no_steps_and_steps_without_images_are_refused(name):
+    with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+        replace(QUICK, **{name: 0})

@@ -224,6 +224,12 @@ def test_a_part_that_is_none_is_refused_before_images_are_made():
         replace(CONFIG, least_area=0.0)
 
 
+@pytest.mark.parametrize("name", ["distill_batch", "large_batch", "large_steps"])
+def test_steps_without_images_are_refused_before_images_are_made(name):
+    with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
+        replace(CONFIG, **{name: 0})
+
+
 @pytest.mark.parametrize(("side", "times", "batch"), [(64, 1, 8), (72, 4, 4)])
 def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, batch):
     seen = []
