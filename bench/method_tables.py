@@ -31,18 +31,29 @@ def accuracy_table(records: Iterable[Record]) -> list[str]:
 
 
 def circumstances(records: Iterable[Record]) -> list[str]:
-    """One sentence for each machine, version and commit among the records."""
-    return list(dict.fromkeys(_circumstance(record) for record in records))
+    """One sentence for each machine and version among the records, with its commits and days."""
+    places: dict[str, list[Record]] = {}
+    for record in records:
+        places.setdefault(_place(record), []).append(record)
+    return [f"{place}; {_commits(runs)}; {_days(runs)}." for place, runs in places.items()]
 
 
-def _circumstance(record: Record) -> str:
-    changed = " with changes" if record["dirty"] else ""
+def _place(record: Record) -> str:
     count = record["eval_images"]
     measured = f"{count} real images" if count is not None else record["measure"]
     parts = [f"{measured}, for measuring only", record["processor"]]
-    parts += [f"threads: {record['threads']}", f"torch {record['torch']}"]
-    parts += [f"commit {record['commit']}{changed}", record["date"]]
-    return "; ".join(parts) + "."
+    return "; ".join([*parts, f"threads: {record['threads']}", f"torch {record['torch']}"])
+
+
+def _commits(runs: Sequence[Record]) -> str:
+    names = (run["commit"] + " with changes" * bool(run["dirty"]) for run in runs)
+    commits = list(dict.fromkeys(names))
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+
+
+def _days(runs: Sequence[Record]) -> str:
+    days = sorted({run["date"] for run in runs})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def _setting(record: Record) -> tuple[Any, ...]:

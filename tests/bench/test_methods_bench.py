@@ -103,6 +103,15 @@ def test_circumstances_say_what_was_measured_on():
     ]
 
 
+def test_circumstances_name_every_commit_once():
+    machine = {"processor": "A CPU", "threads": 1, "torch": "2", "eval_images": 650}
+    commits = [("b", False, "2026-01-03"), ("a", True, "2026-01-02"), ("b", False, "2026-01-04")]
+    names = ("commit", "dirty", "date")
+    records = [RUN | machine | dict(zip(names, values, strict=True)) for values in commits]
+    (line,) = method_tables.circumstances(records)
+    assert line.endswith("torch 2; commits b, a with changes; 2026-01-02 to 2026-01-04.")
+
+
 @pytest.fixture
 def words(tmp_path):
     record = tmp_path / "record.jsonl"
