@@ -7,6 +7,7 @@ The records of a folder are made by
     DFQ_BENCH_RECORD=bench/results/cpu/<op>.jsonl pytest bench/bench_<op>.py
     python -m bench.gpu_day --out bench/results/h200
     python -m bench.bench_methods MODEL … --record bench/results/methods/<model>.jsonl
+    python -m bench.bench_methods MODEL … --images FILE --record bench/results/dmkd/<model>.jsonl
 """
 
 from __future__ import annotations
