@@ -9,6 +9,10 @@ tiny network sees and what it minimizes, the losses and the schedule are our rec
 GDFQ's generator (arXiv:2003.03603) underneath; ``DMKD_EFFORTS["paper"]`` is GDFQ's schedule with
 everything unknown at our reading R1 of it. ``DMKD_BASELINES`` are what the learned weights have
 to beat, ours too.
+
+They do not, on ResNet-20 at W3A3 (quick, the same images for all, README.md): over three seeds the
+drop is 2.0 with the float teacher alone, in two thirds of the time, 1.8 with equal weights and 2.0
+with the learned ones, with a deviation of 0.1 to 0.3.
 """
 
 from dataclasses import dataclass, field, replace
