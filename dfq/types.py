@@ -13,6 +13,17 @@ class InputError(ValueError):
     """The caller's mistake: one sentence that says what, what was found and what to do."""
 
 
+def refuse_below_one(**counts: int) -> None:
+    """Refuse counts of steps, batches or images that leave nothing to do.
+
+    Raises:
+        InputError: one of ``counts`` is below 1; it is called by its keyword.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} must be at least 1, got {count}.")
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """All that a data-free method may know of the data: shape, classes and normalization.

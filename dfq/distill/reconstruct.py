@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfq.descent import anneal, descend
 from dfq.distill.blocks import Plan
 from dfq.distill.losses import reconstruction_error
-from dfq.types import InputError
+from dfq.types import InputError, refuse_below_one
 from dfq_kernels import fake_quantize
 
 logger = logging.getLogger("dfq")
@@ -62,9 +62,7 @@ class ReconstructionConfig:
             raise InputError(
                 f"drop must be 0 to 1 and warmup 0 to below 1, got {self.drop} and {self.warmup}."
             )
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        refuse_below_one(steps=self.steps, batch_size=self.batch_size)
 
 
 GENIE_RECONSTRUCTION = ReconstructionConfig(  # the released code's

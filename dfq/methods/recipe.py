@@ -63,7 +63,7 @@ from dfq.synthesize.inversion import InversionConfig, inverted_batches
 from dfq.synthesize.latents import MAPS_LATENTS, LatentConfig, distilled_batches, is_large
 from dfq.synthesize.pool import Schedule, gather, lessons
 from dfq.synthesize.teachers import TeacherSampler, in_courses
-from dfq.types import DataSpec, Images, InputError, Report, silent
+from dfq.types import DataSpec, Images, Report, refuse_below_one, silent
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,11 @@ class RecipeConfig:
 
     def __post_init__(self) -> None:
         check_least_area(self.least_area)
-        for name in ("distill_batch", "large_batch", "large_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        refuse_below_one(
+            distill_batch=self.distill_batch,
+            large_batch=self.large_batch,
+            large_steps=self.large_steps,
+        )
 
     def image_count(self, data: DataSpec) -> int:
         """How many images of that shape it makes."""

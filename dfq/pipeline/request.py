@@ -15,7 +15,7 @@ from dfq.pipeline.images import check_images_file
 from dfq.pipeline.inputs import Teacher
 from dfq.pipeline.provenance import Source
 from dfq.prepare import parse_bits
-from dfq.types import DataSpec, InputError
+from dfq.types import DataSpec, InputError, refuse_below_one
 
 NO_SOURCE = Source()
 
@@ -78,8 +78,8 @@ def resolve(request: Request, data: DataSpec) -> Request:
         )
     if not 0 <= request.seed < 2**63:
         raise InputError(f"seed must be 0 to 2**63 - 1, got {request.seed}.")
-    if request.threads is not None and request.threads < 1:
-        raise InputError(f"threads must be at least 1, got {request.threads}.")
+    if request.threads is not None:
+        refuse_below_one(threads=request.threads)
     _check_sources(request)
     if request.eval_file:
         check_evaluation(request.eval_file, data)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfq.synthesize.crops import check_least_area, random_crops
 from dfq.synthesize.swing import shifted
-from dfq.types import Images, InputError
+from dfq.types import Images, InputError, refuse_below_one
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,11 @@ class Schedule:
                 f"warmup_batches must be 1 to batches ({self.batches}), got "
                 f"{self.warmup_batches}: the student begins when they are made."
             )
-        for name in ("pool_batches", "steps_per_batch", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        refuse_below_one(
+            pool_batches=self.pool_batches,
+            steps_per_batch=self.steps_per_batch,
+            batch_size=self.batch_size,
+        )
         check_least_area(self.least_area)
 
 

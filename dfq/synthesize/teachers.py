@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dfq.types import DataSpec, InputError
+from dfq.types import DataSpec, InputError, refuse_below_one
 
 Mode = Literal["batch", "step"]
 
@@ -98,8 +98,7 @@ class TeacherSampler:
     ):
         if not courses or not all(courses):
             raise InputError("every course needs a teacher, and there must be one course.")
-        if per_batch < 1:
-            raise InputError(f"per_batch must be at least 1, got {per_batch}.")
+        refuse_below_one(per_batch=per_batch)
         self.courses, self.per_batch, self.mode = courses, per_batch, mode
         self._drawn: list[nn.Module] = []
 
