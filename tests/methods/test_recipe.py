@@ -181,6 +181,20 @@ def test_small_images_are_distilled_and_inverted_and_large_ones_only_inverted():
     assert len(_make(large, count=20)) == 20
 
 
+@pytest.mark.parametrize(("side", "share"), [(32, "mixed"), (72, "large_mixed")])
+def test_small_images_are_inverted_with_boxes_in_them_and_large_ones_without(side, share):
+    data = DataSpec((3, side, side), 4, DATA.mean, DATA.std)
+    alone = replace(CONFIG, latents=replace(CONFIG.latents, batches=0))
+
+    def made(mixed, large_mixed):
+        inversion = replace(alone.inversion, mixed=mixed)
+        return _make(data, replace(alone, inversion=inversion, large_mixed=large_mixed))
+
+    unmoved = made(0.0, 0.0).equal(made(1.0, 0.0)), made(0.0, 0.0).equal(made(0.0, 1.0))
+    assert unmoved == ((False, True) if share == "mixed" else (True, False))
+    assert CONFIG.inversion.mixed > CONFIG.large_mixed == 0
+
+
 @pytest.mark.parametrize("count", [1, 16, 17, 40])
 def test_it_makes_as_many_images_as_asked_for(count):
     assert len(_make(count=count)) == count
