@@ -6,7 +6,8 @@ further models too if there are any: at W2A2 a ResNet-20 that learns from 256 of
 to its teacher than from 512 of either (divergence 1.27 against 1.54 and 1.49 on images of another
 network). Above 64 pixels, where generators are dear, all are inverted, and without boxes.
 
-Channels that a depthwise layer takes in are first brought to one range (DFQ, arXiv:1906.04721).
+Channels that a depthwise layer takes in are first brought to a size that suits their common grid
+(after DFQ, arXiv:1906.04721).
 Blocks then learn their rounding and their scales one after the other (GENIE-M). From there the
 whole student goes on and learns to put out, in every layer, what the teacher does (PTQ as a warm
 start for QAT, as in GenQ, arXiv:2312.05272). With many bits nothing is reconstructed: weights are
@@ -191,10 +192,10 @@ def recipe(
 ) -> tuple[nn.Module, Images]:
     """Train ``student``, prepared from ``teacher``, in place; return it and its images."""
     check_learned(student)
-    equalize_channels(student)
     images = given or recipe_images(
         teacher, data, config, teachers=teachers, rng=rng, report=report
     )
+    equalize_channels(student, images.images)
     bits, shown = fewest_bits(student), images.images
     config = _fit(config, bits, large=is_large(shown.shape))
     if bits < config.many_bits:

@@ -122,7 +122,7 @@ def test_with_many_bits_errors_of_weights_cancel_and_channels_are_equalized():
     config = replace(CONFIG, distill_steps=0)
     teacher, student, images, _ = _train("w8a8", config, teacher=_depthwise)
     expected = prepare(teacher, "w8a8", data=DATA)
-    assert equalize_channels(expected) == 1
+    assert equalize_channels(expected, images.images) == 1
     calibrate(expected, images.images)
     assert not _same(student, expected)
     balance_rounding(expected)
@@ -131,9 +131,9 @@ def test_with_many_bits_errors_of_weights_cancel_and_channels_are_equalized():
 
 def test_with_few_bits_channels_are_equalized_too():
     config = replace(CONFIG, distill_steps=0)
-    teacher, student, _, _ = _train("w4a4", config, teacher=_depthwise)
+    teacher, student, images, _ = _train("w4a4", config, teacher=_depthwise)
     expected = prepare(teacher, "w4a4", data=DATA)
-    equalize_channels(expected)
+    equalize_channels(expected, images.images)
     assert torch.equal(student[1].weight, expected[1].weight)
     assert not torch.equal(student[1].weight, teacher[1].weight)
 

@@ -5,10 +5,12 @@ from torch import nn
 
 from dfq.prepare import QConv2d, calibrate, prepare
 from dfq.prepare.dropping import activation_quantizers
-from dfq.prepare.equalize import equalize_channels
-from dfq.types import DataSpec
+from dfq.prepare.equalize import Pair, Seen, _pairs, _steps, equalize_channels
+from dfq.prepare.quantizer import Quantizer
+from dfq.types import DataSpec, QuantSpec
 
 DATA = DataSpec((3, 8, 8), classes=5)
+IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
 class Net(nn.Module):
@@ -63,14 +65,14 @@ def _bypassed(student):
 def test_the_network_computes_what_it_did():
     x = torch.randn(4, 3, 8, 8)
     student = _bypassed(_student())
-    assert equalize_channels(student) == 2
+    assert equalize_channels(student, IMAGES) == 2
     with torch.no_grad():
         torch.testing.assert_close(student(x), _model()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_only_what_is_positively_homogeneous_lets_a_scale_pass():
     before, student = _student(), _student()
-    equalize_channels(student)
+    equalize_channels(student, IMAGES)
     changed = {
         name
         for (name, new), old in zip(student.named_parameters(), before.parameters(), strict=True)
@@ -81,22 +83,105 @@ def test_only_what_is_positively_homogeneous_lets_a_scale_pass():
     assert changed == norms | {"depth.weight", "twofold.weight"}
 
 
-def test_channels_before_a_depthwise_layer_get_one_range():
-    student = _student()
-    equalize_channels(student)
-    high = student.norm1.bias + 3 * student.norm1.weight
-    torch.testing.assert_close(high, high[:1].expand(8))
-
-
-def test_a_channel_that_hardly_ever_passes_its_relu_is_not_blown_up():
+def test_channels_that_differ_in_size_alone_get_one_size():
     student = _student()
     with torch.no_grad():
-        student.norm4.weight.fill_(0.5)
-        student.norm4.bias.fill_(2.0)
-        student.norm4.bias[0] = -2.0
-    equalize_channels(student)
-    ranges = student.norm4.weight * torch.tensor([1.0] + [7.0] * 11)  # in deviations
-    torch.testing.assert_close(ranges, ranges[:1].expand(12))
+        for tensor in (student.stem.weight, student.depth.weight, student.stem.bias):
+            if tensor is not None:
+                tensor.copy_(tensor[:1].expand_as(tensor))
+        sizes = 2.0 ** torch.arange(8)
+        student.norm1.running_mean.zero_()
+        student.norm1.running_var.fill_(1.0)
+        student.norm1.weight.copy_(sizes)
+        student.norm1.bias.copy_(0.5 * sizes)
+    equalize_channels(student, IMAGES)
+    weight = student.norm1.weight
+    torch.testing.assert_close(weight, weight[:1].expand(8), rtol=1e-5, atol=0)
+
+
+def _uniform(low, high):
+    return torch.linspace(low, high, 2048)
+
+
+def _steps_of(inputs, *, gains=1.0, deviation=0.1, spread=None, bits="w8a8", pair=0):
+    """Of a layer whose weights have a sum of squares of ``gains`` for each channel."""
+    norm, layer, quantizer = list(_pairs(_student(bits)))[pair]
+    with torch.no_grad():
+        norm.weight.fill_(deviation)
+        layer.weight.zero_()
+        layer.weight[:, :, 0, 0] = torch.as_tensor(gains).sqrt().reshape(-1, 1)
+        return _steps(Pair(norm, layer, quantizer), Seen(torch.stack(inputs), spread))
+
+
+def test_a_channel_far_from_zero_takes_the_larger_side_of_the_grid():
+    """As on the short side of a LeakyReLU: seven channels in 0..1, one in -1..-0.9."""
+    inputs = [_uniform(0, 1)] * 7 + [_uniform(-1, -0.9)]
+    steps = _steps_of(inputs, spread=torch.tensor([1.0] * 7 + [0.01]))
+    z = min(range(1, 255), key=lambda z: 7 / (255 - z) ** 2 + 100 / z**2)
+    assert z == 181  # of 256
+    torch.testing.assert_close(steps, torch.tensor([1 / (255 - z)] * 7 + [1 / z]))
+
+
+def test_channels_that_a_layer_amplifies_decide_where_zero_lies():
+    inputs = [_uniform(0, 1)] * 4 + [_uniform(-1, 0)] * 4
+    steps = _steps_of(inputs, gains=torch.tensor([900.0] * 4 + [1.0] * 4), spread=torch.ones(8))
+    z = min(range(1, 255), key=lambda z: 900 / (255 - z) ** 2 + 1 / z**2)
+    assert z == 24
+    torch.testing.assert_close(steps, torch.tensor([1 / (255 - z)] * 4 + [1 / z] * 4))
+
+
+def test_channels_above_zero_get_all_of_the_grid_and_so_does_a_deviation():
+    """A channel that hardly ever passes its ReLU passes it some day."""
+    inputs = [_uniform(0, 0)] + [_uniform(0, 2)] * 11
+    steps = _steps_of(inputs, deviation=0.5, spread=torch.ones(24), bits="w4a4", pair=1)
+    torch.testing.assert_close(steps, torch.tensor([0.5 / 15] + [2 / 15] * 11))
+
+
+def test_an_output_that_never_changes_does_not_decide():
+    inputs = [_uniform(0, 1)] * 4 + [_uniform(-1, 0)] * 4
+    gains = torch.tensor([1.0] * 4 + [900.0] * 4)
+    steps = _steps_of(inputs, gains=gains, spread=torch.tensor([1.0] * 4 + [0.0] * 4))
+    torch.testing.assert_close(steps, torch.tensor([1 / 254] * 4 + [1.0] * 4))
+    assert _steps_of(inputs, spread=torch.zeros(8)).isfinite().all()
+
+
+@pytest.mark.parametrize(("signed", "codes"), [(True, (128, 127)), (False, (255, 255))])
+def test_a_symmetric_grid_has_its_zero_already(signed, codes):
+    pair, _ = _pairs(_student("w8a8"))
+    grid = Quantizer(QuantSpec(8, symmetric=True, signed=signed))
+    with torch.no_grad():
+        pair.norm.weight.fill_(0.1)
+        inputs = torch.stack([_uniform(0, 1)] * 7 + [_uniform(-2, 1)])
+        steps = _steps(Pair(pair.norm, pair.layer, grid), Seen(inputs, torch.ones(8)))
+    last = 2 / codes[0] if signed else 1 / codes[0]
+    torch.testing.assert_close(steps, torch.tensor([1 / codes[1]] * 7 + [last]))
+
+
+def test_only_the_first_images_are_shown_and_the_same_draw_is_made():
+    students = [_student() for _ in range(3)]
+    torch.manual_seed(0)
+    equalize_channels(students[0], IMAGES)
+    torch.manual_seed(1)
+    equalize_channels(students[1], torch.cat((IMAGES, IMAGES * torch.nan)))
+    equalize_channels(students[2], 2 * IMAGES)
+    first, more, other = (student.norm1.weight for student in students)
+    assert torch.equal(first, more)
+    assert not torch.equal(first, other)
+
+
+def test_the_grid_behind_a_relu_counts_where_the_layer_has_none():
+    class Net(nn.Sequential):
+        def __init__(self):
+            torch.manual_seed(0)
+            depthwise = nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4), nn.ReLU()
+            stem = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+            super().__init__(*stem, *depthwise, nn.Flatten(), nn.Linear(64, 5))
+
+    student = prepare(Net().eval(), "w4a4", protocol="gdfq", data=DATA)
+    (pair,) = _pairs(student)
+    assert pair.layer.input_quantizer is None
+    assert pair.quantizer is student[2].quantizer
+    assert equalize_channels(student, IMAGES) == 1
 
 
 def test_a_dead_channel_neither_divides_by_zero_nor_grows():
@@ -105,7 +190,7 @@ def test_a_dead_channel_neither_divides_by_zero_nor_grows():
         student.norm1.weight[2] = student.norm1.bias[2] = 0.0
         student.norm4.bias.zero_()
         student.norm4.weight.zero_()
-    equalize_channels(student)
+    equalize_channels(student, IMAGES)
     assert all(p.isfinite().all() for m in student.modules() for p in _tensors(m))
 
 
@@ -122,7 +207,7 @@ def test_quantized_outputs_come_nearer(bits):
     for equalized in (False, True):
         student = _student(bits)
         if equalized:
-            equalize_channels(student)
+            equalize_channels(student, IMAGES)
         calibrate(student, x)
         for quantizer in activation_quantizers(student):
             quantizer.bypass = True
@@ -142,7 +227,7 @@ def test_a_model_without_a_graph_stays_as_it_is():
     torch.manual_seed(3)
     model = Untraceable().eval()
     student = prepare(model, "w4a4", data=DATA)
-    assert equalize_channels(student) == 0
+    assert equalize_channels(student, IMAGES) == 0
     assert torch.equal(student.depth.weight, model.depth.weight)
 
 
@@ -156,4 +241,4 @@ def test_a_layer_that_is_used_twice_is_left_alone():
             return self.stem(self.norm(self.stem(x))).mean((2, 3))
 
     student = prepare(Twice().eval(), "w4a4")
-    assert equalize_channels(student) == 0
+    assert equalize_channels(student, IMAGES) == 0
