@@ -6,12 +6,12 @@ further models too if there are any: at W2A2 a ResNet-20 that learns from 256 of
 to its teacher than from 512 of either (divergence 1.27 against 1.54 and 1.49 on images of another
 network). Above 64 pixels, where generators are dear, all are inverted, and without boxes.
 
-Channels that a depthwise layer takes in are first brought to a size that suits their common grid
-(after DFQ, arXiv:1906.04721).
-Blocks then learn their rounding and their scales one after the other (GENIE-M). From there the
-whole student goes on and learns to put out, in every layer, what the teacher does (PTQ as a warm
-start for QAT, as in GenQ, arXiv:2312.05272). With many bits nothing is reconstructed: weights are
-rounded so that their errors cancel (SQuant, arXiv:2202.07471), which takes a second.
+Channels that a depthwise layer takes in are first brought to sizes that suit their common grid
+(after DFQ, arXiv:1906.04721). Blocks then learn their rounding and their scales one after the other
+(GENIE-M). From there the whole student goes on and learns to put out, in every layer, what the
+teacher does (PTQ as a warm start for QAT, as in GenQ, arXiv:2312.05272). With many bits nothing is
+reconstructed: weights are rounded so that their errors cancel (SQuant, arXiv:2202.07471), which
+takes a second.
 
 A student is judged here by images that it has not learned from and that no data is behind: for
 ResNet-20 those distilled from a ResNet-32, for MobileNetV1 x0.25 crops and blends of images that
