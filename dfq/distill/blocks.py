@@ -13,6 +13,7 @@ from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from dfq.depthwise import is_depthwise
 from dfq.types import InputError
 
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -196,17 +197,13 @@ def _join_separable(
     for unit in units:
         users = list(unit[-1].users)
         follower = starts.get(users[0]) if len(users) == 1 else None
-        alone = sum(node in wanted for node in unit) == 1 and _is_depthwise(unit[0], modules)
-        if follower and alone and _sources(users[0]) == [unit[-1]]:
+        first = modules[str(unit[0].target)] if unit[0].op == "call_module" else None
+        alone = sum(node in wanted for node in unit) == 1
+        if follower and alone and is_depthwise(first) and _sources(users[0]) == [unit[-1]]:
             follower[:0] = unit
         else:
             joined.append(unit)
     return joined
-
-
-def _is_depthwise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    layer = modules[str(node.target)] if node.op == "call_module" else None
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
 def _ordered(

@@ -9,13 +9,16 @@ arXiv:1906.04721).
 Ours: only depthwise layers take a scale over, whose weights have a grid for each channel, so that
 nothing is lost. And channels are not given one range, but each as much of the grid as its side of
 zero has, while zero lies where the layer's outputs lose least: behind a LeakyReLU some channels
-have all of their values on the one side and some on the other. MobileNetV1 x0.25, rounded to W8A8
-and not trained, diverges from its teacher on crops and blends of synthetic images by 0.047 as it
-is, by 0.036 with equal ranges, as its BatchNorm layers tell them, and by 0.017 so (on painted
-images by 0.108, 0.108 and 0.061). Trained at W4A4 as in the recipe's ``quick`` effort, it agrees
-with its teacher on 77 % of them instead of 72 % (two sets of images each; divergence 0.39 for both,
-painted: 0.31 and 0.33). Cutting values off where that lowers a channel's squared error brings
-nothing at W8A8 and loses at W4A4 (painted: 0.39).
+have all of their values on the one side and some on the other. A channel that lies below zero
+altogether is turned over first: where the LeakyReLU is a line, its slope and a sign can be taken
+into the layers around it, and no side of the grid has to be kept for it. MobileNetV1 x0.25, rounded
+to W8A8 and not trained, diverges from its teacher on crops and blends of synthetic images by 0.047
+as it is, by 0.036 with equal ranges, as its BatchNorm layers tell them, by 0.016 with a side each,
+and by 0.011 with two of its stem's eight channels turned over (on painted images by 0.108, 0.108,
+0.063 and 0.051). Trained at W4A4 as in the recipe's ``quick`` effort, with sides but none turned,
+it agrees with its teacher on 77 % of them instead of 72 % (two sets of images each; divergence 0.39
+for both, painted: 0.31 and 0.33). Cutting values off where that lowers a channel's squared error
+brings nothing at W8A8 and loses at W4A4 (painted: 0.39).
 
 A dense layer would pay with the precision of its weights: half of the ranges to its weights, as
 SmoothQuant (arXiv:2211.10438) does, brought MobileNetV1 no nearer at W8A8 (0.0016 against 0.0012 on
@@ -33,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from dfq.depthwise import is_depthwise
 from dfq.prepare.adds import is_relu
 from dfq.prepare.frozen import Frozen, evaluating
 from dfq.prepare.layers import QConv2d, QReLU
@@ -43,10 +47,11 @@ from dfq.prepare.trace import trace
 SHOWN = 64  # images
 SAMPLE = 8192  # values of a channel that are looked at
 SMALLEST = 1e-3  # of the largest channel; a smaller one is as good as dead
+FAR = 3.0  # deviations of a BatchNorm's output, that are as good as all of it; as DFQ has it
 
-_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_PASSING = (*_POOLING, nn.Identity, nn.Dropout, nn.Dropout2d, nn.LeakyReLU)
-_PASSING_CALLS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "dropout")
+_LARGEST = (nn.MaxPool2d, nn.AdaptiveMaxPool2d, "max_pool2d")
+_AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, "avg_pool2d", "adaptive_avg_pool2d")
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d, "dropout")
 
 
 class Pair(NamedTuple):
@@ -55,6 +60,7 @@ class Pair(NamedTuple):
     norm: nn.BatchNorm2d
     layer: QConv2d
     quantizer: Quantizer
+    slope: float = 0.0  # times which values below zero pass; 0 if their sign cannot be turned
 
 
 class Seen(NamedTuple):
@@ -72,26 +78,44 @@ def equalize_channels(student: nn.Module, images: Tensor) -> int:
     ``s_c``, and the layer's weights are multiplied by it: ``s_c = max(max x_c / (quant_max - z),
     -min x_c / (z - quant_min))``, the least step with which a grid with zero_point z holds all of
     it. z is the one with the least ``sum_c s_c^2 * sum w_c^2 / var y_c``: what rounding x leaves in
-    the layer's outputs y, in units of their variance. Then the geometric mean of s is set to 1. The
-    network computes what it did; call this before ``calibrate``, which finds scale and zero_point.
-    A model whose graph cannot be told stays as it is.
+    the layer's outputs y, in units of their variance. Then the geometric mean of s is set to 1.
+    Before, a channel whose values and whose BatchNorm's mean plus ``FAR`` deviations are below zero
+    is turned over, if only a LeakyReLU of slope a and averages lie between: times -a in front of it
+    and -1 behind. The network computes what it did, but for values of such a channel that are above
+    zero all the same; call this before ``calibrate``, which finds scale and zero_point. A model
+    whose graph cannot be told stays as it is.
 
     Args:
         student: from ``prepare``.
         images: [N, C, H, W], the first of which are shown; the same ones give the same scales.
     """
     pairs = list(_pairs(student))
-    if pairs:
-        seen = _watch(student, [pair.layer for pair in pairs], images[:SHOWN])
+    if not pairs:
+        return 0
+    seen = _watch(student, [pair.layer for pair in pairs], images[:SHOWN])
     for pair in pairs:
-        norm, layer = pair.norm, pair.layer
-        step = _steps(pair, seen[layer])
+        step = _steps(pair, _turn(pair, seen[pair.layer]))
         step /= step.log().mean().exp()
-        each = step.repeat_interleave(layer.out_channels // layer.in_channels)
-        layer.weight.mul_(each.reshape(-1, 1, 1, 1))
-        for parameter in (norm.weight, norm.bias):
-            parameter.div_(step)
+        _scale(pair, 1 / step, step)
     return len(pairs)
+
+
+def _scale(pair: Pair, before: Tensor, behind: Tensor) -> None:
+    """Multiply each channel of what the BatchNorm puts out, and the layer's weights for it."""
+    for parameter in (pair.norm.weight, pair.norm.bias):
+        parameter.mul_(before)
+    each = behind.repeat_interleave(pair.layer.out_channels // pair.layer.in_channels)
+    pair.layer.weight.mul_(each.reshape(-1, 1, 1, 1))
+
+
+def _turn(pair: Pair, seen: Seen) -> Seen:
+    """Turn channels over that lie below zero; return what is seen then."""
+    norm = pair.norm
+    below = (seen.inputs.amax(1) < 0) & (norm.bias + FAR * norm.weight.abs() < 0)
+    below &= pair.slope > 0
+    sign = torch.where(below, -1.0, 1.0)
+    _scale(pair, torch.where(below, -pair.slope, 1.0), sign)
+    return Seen(seen.inputs * sign[:, None], seen.spread)
 
 
 def _watch(student: nn.Module, layers: list[QConv2d], images: Tensor) -> dict[nn.Module, Seen]:
@@ -148,7 +172,7 @@ def _pairs(student: nn.Module) -> Iterator[Pair]:
     nodes = list(graph.nodes) if graph else []
     calls = [node.target for node in nodes if node.op == "call_module"]
     for node in nodes:
-        norm, quantizer = _module(node, modules), None
+        norm, quantizer, slope = _module(node, modules), None, 1.0
         once = calls.count(node.target) == 1
         if not (once and isinstance(norm, nn.BatchNorm2d) and isinstance(norm, Frozen)):
             continue
@@ -157,13 +181,15 @@ def _pairs(student: nn.Module) -> Iterator[Pair]:
         while len(node.users) == 1:
             (node,) = node.users
             module = _module(node, modules)
-            if isinstance(module, QConv2d) and module.groups == module.in_channels > 1:
+            if isinstance(module, QConv2d) and is_depthwise(module):
                 quantizer = module.input_quantizer or quantizer
                 if quantizer and calls.count(node.target) == 1:
-                    yield Pair(norm, module, quantizer)
+                    yield Pair(norm, module, quantizer, slope)
                 break
-            if not _passes(node, modules):
+            step = _slope(node, modules)
+            if step is None:
                 break
+            slope *= step
             if isinstance(module, QReLU):
                 quantizer = module.quantizer
 
@@ -172,11 +198,23 @@ def _module(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
     return modules.get(str(node.target)) if node.op == "call_module" else None
 
 
-def _passes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a scale passes through the step."""
+def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
+    """Times which the step lets values below zero pass: None if it is not positively homogeneous.
+
+    0 too where it would choose others if their signs were turned.
+    """
     module = _module(node, modules)
     if isinstance(module, QReLU):
-        return module.maximum is None
+        return 0.0 if module.maximum is None else None
+    if isinstance(module, nn.LeakyReLU):
+        return max(module.negative_slope, 0.0)
+    if is_relu(node, modules) or _is_one_of(_LARGEST, node, module):
+        return 0.0
+    return 1.0 if _is_one_of((*_AVERAGES, *_NOTHING), node, module) else None
+
+
+def _is_one_of(kinds: tuple[type | str, ...], node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the step is a module of these classes or a call of these names."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    called = node.op != "call_module" and name in _PASSING_CALLS
-    return called or is_relu(node, modules) or isinstance(module, _PASSING)
+    called = node.op != "call_module" and name in kinds
+    return called or isinstance(module, tuple(kind for kind in kinds if isinstance(kind, type)))

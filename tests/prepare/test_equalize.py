@@ -5,7 +5,7 @@ from torch import nn
 
 from dfq.prepare import QConv2d, calibrate, prepare
 from dfq.prepare.dropping import activation_quantizers
-from dfq.prepare.equalize import Pair, Seen, _pairs, _steps, equalize_channels
+from dfq.prepare.equalize import FAR, Pair, Seen, _pairs, _steps, equalize_channels
 from dfq.prepare.quantizer import Quantizer
 from dfq.types import DataSpec, QuantSpec
 
@@ -83,6 +83,59 @@ def test_only_what_is_positively_homogeneous_lets_a_scale_pass():
     assert changed == norms | {"depth.weight", "twofold.weight"}
 
 
+@pytest.mark.parametrize(("deviations", "turned"), [(FAR + 0.1, True), (FAR - 0.1, False)])
+def test_a_channel_far_below_zero_is_turned_over(deviations, turned):
+    """Behind a LeakyReLU; the network computes what it did all the same."""
+    x = IMAGES[:4]
+    student = _student()
+    with torch.no_grad():
+        student.norm1.bias[::2] = -deviations * student.norm1.weight[::2]
+        student.norm1.running_var[::2] *= 100  # so that the images keep below zero
+    _bypassed(student)
+    expected, weights = student(x), student.depth.weight.clone()
+    equalize_channels(student, IMAGES)
+    signs = torch.tensor([-1.0 if turned else 1.0, 1.0] * 4)
+    assert torch.equal(student.norm1.weight.sign(), signs)
+    assert torch.equal(student.norm1.bias.sign(), torch.tensor([1.0 if turned else -1.0, 1.0] * 4))
+    assert torch.equal(student.depth.weight.sign(), weights.sign() * signs.reshape(8, 1, 1, 1))
+    torch.testing.assert_close(student(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_channel_is_not_turned_that_images_show_above_zero():
+    student = _student()
+    with torch.no_grad():
+        student.norm1.bias[::2] = -(FAR + 0.1) * student.norm1.weight[::2]
+        student.norm1.running_var[::2] /= 100
+    equalize_channels(student, IMAGES)
+    assert (student.norm1.weight > 0).all()
+
+
+def test_no_channel_is_turned_where_a_maximum_would_choose_another():
+    class Net(nn.Sequential):
+        def __init__(self, *between):
+            torch.manual_seed(0)
+            stem, depthwise = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
+            norm = nn.BatchNorm2d(4)
+            nn.init.constant_(norm.bias, -5.0)
+            super().__init__(stem, norm, *between, depthwise, nn.Flatten(), nn.LazyLinear(5))
+            self(IMAGES)
+
+    ways = {
+        "slope": (nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.LeakyReLU(0.5)),
+        "linear": (nn.Identity(),),
+        "largest": (nn.LeakyReLU(0.2), nn.MaxPool2d(2)),
+        "relu": (nn.ReLU(),),
+    }
+    slopes = {}
+    for name, way in ways.items():
+        student = prepare(Net(*way).eval(), "w4a4", data=DATA)
+        (pair,) = _pairs(student)
+        slopes[name] = pair.slope
+        equalize_channels(student, IMAGES)
+        assert (pair.norm.weight < 0).all() == (pair.slope > 0)
+    assert slopes == {"slope": pytest.approx(0.1), "linear": 1, "largest": 0, "relu": 0}
+
+
 def test_channels_that_differ_in_size_alone_get_one_size():
     student = _student()
     with torch.no_grad():
@@ -104,7 +157,7 @@ def _uniform(low, high):
 
 def _steps_of(inputs, *, gains=1.0, deviation=0.1, spread=None, bits="w8a8", pair=0):
     """Of a layer whose weights have a sum of squares of ``gains`` for each channel."""
-    norm, layer, quantizer = list(_pairs(_student(bits)))[pair]
+    norm, layer, quantizer, _ = list(_pairs(_student(bits)))[pair]
     with torch.no_grad():
         norm.weight.fill_(deviation)
         layer.weight.zero_()
