@@ -257,6 +257,31 @@ def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, ba
     assert stages["reconstruct"] == times * once["reconstruct"]
 
 
+def test_large_images_have_a_rate_of_their_own():
+    """That of ``student`` counts for small ones alone."""
+    for side in (64, 72):
+        students = []
+        for large, small in ((1e-3, 1e-3), (1e-2, 1e-3), (1e-3, 1e-2)):
+            config = replace(CONFIG, large_lr=large, student=StudentConfig(lr=small))
+            students.append(_train("w8a8", config, given=_given(side))[1])
+        first, large, small = students
+        assert _same(first, large) is (side == 64)
+        assert _same(first, small) is (side == 72)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
+def test_depthwise_layers_keep_what_they_learned_before(bits):
+    """Their weights, their scales; the student can be trained further all the same."""
+    before, after = (
+        _train(bits, replace(CONFIG, distill_steps=steps), teacher=_depthwise)[1]
+        for steps in (0, CONFIG.distill_steps)
+    )
+    assert _same(before[3], after[3])
+    for layer in (0, 1, 4):
+        assert not torch.equal(before[layer].weight, after[layer].weight)
+    assert all(parameter.requires_grad for parameter in after.parameters())
+
+
 def test_scales_must_be_learned():
     with pytest.raises(InputError, match="use scales learned"):
         _train("w4a4", scales="minmax")
