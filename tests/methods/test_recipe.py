@@ -257,16 +257,17 @@ def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, ba
     assert stages["reconstruct"] == times * once["reconstruct"]
 
 
-def test_large_images_have_a_rate_of_their_own():
-    """That of ``student`` counts for small ones alone."""
-    for side in (64, 72):
-        students = []
-        for large, small in ((1e-3, 1e-3), (1e-2, 1e-3), (1e-3, 1e-2)):
-            config = replace(CONFIG, large_lr=large, student=StudentConfig(lr=small))
-            students.append(_train("w8a8", config, given=_given(side))[1])
-        first, large, small = students
-        assert _same(first, large) is (side == 64)
-        assert _same(first, small) is (side == 72)
+@pytest.mark.parametrize(
+    ("bits", "side", "own"), [("w4a4", 64, False), ("w4a4", 72, True), ("w8a8", 72, False)]
+)
+def test_behind_blocks_large_images_are_learned_at_a_rate_of_their_own(bits, side, own):
+    students = []
+    for large, small in ((1e-3, 1e-3), (1e-2, 1e-3), (1e-3, 1e-2)):
+        config = replace(CONFIG, large_lr=large, student=StudentConfig(lr=small))
+        students.append(_train(bits, config, given=_given(side))[1])
+    first, large, small = students
+    assert _same(first, large) is not own
+    assert _same(first, small) is own
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])
