@@ -5,7 +5,7 @@ from torch import nn
 
 from dfq.prepare import QConv2d, calibrate, prepare
 from dfq.prepare.dropping import activation_quantizers
-from dfq.prepare.equalize import FAR, Pair, Seen, _pairs, _steps, equalize_channels
+from dfq.prepare.equalize import FAR, Pair, Seen, _pairs, _steps, _turn, equalize_channels
 from dfq.prepare.quantizer import Quantizer
 from dfq.types import DataSpec, QuantSpec
 
@@ -132,7 +132,7 @@ def test_no_channel_is_turned_where_a_maximum_would_choose_another():
         (pair,) = _pairs(student)
         slopes[name] = pair.slope
         equalize_channels(student, IMAGES)
-        assert (pair.norm.weight < 0).all() == (pair.slope > 0)
+        assert (pair.norm.weight.sign() == (-1 if pair.slope > 0 else 1)).all()
     assert slopes == {"slope": pytest.approx(0.1), "linear": 1, "largest": 0, "relu": 0}
 
 
@@ -172,6 +172,19 @@ def test_a_channel_far_from_zero_takes_the_larger_side_of_the_grid():
     z = min(range(1, 255), key=lambda z: 7 / (255 - z) ** 2 + 100 / z**2)
     assert z == 181  # of 256
     torch.testing.assert_close(steps, torch.tensor([1 / (255 - z)] * 7 + [1 / z]))
+
+
+def test_a_channel_that_was_turned_over_takes_the_side_of_the_others():
+    """All of the grid is above zero then."""
+    (pair, _), spread = _pairs(_student("w8a8")), torch.ones(8)
+    inputs = torch.stack([_uniform(0, 1)] * 7 + [_uniform(-1, -0.9)])
+    with torch.no_grad():
+        pair.norm.weight.fill_(0.1)
+        pair.norm.bias[7] = -9.5  # times the slope of 0.1
+        seen = _turn(pair, Seen(inputs, spread))
+        torch.testing.assert_close(_steps(pair, seen), torch.full((8,), 1 / 255))
+    assert pair.norm.bias[7].item() == pytest.approx(0.95)
+    assert torch.equal(seen.spread, spread)
 
 
 def test_channels_that_a_layer_amplifies_decide_where_zero_lies():
