@@ -97,10 +97,10 @@ def quantize_adds(student: nn.Module, spec: QuantSpec, *, scales: str = "learned
 
 def _is_add(node: fx.Node) -> bool:
     two = len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
-    return two and not node.kwargs and _calls(node, _ADDS)
+    return two and not node.kwargs and calls(node, _ADDS)
 
 
-def _calls(node: fx.Node, targets: tuple[Any, ...]) -> bool:
+def calls(node: fx.Node, targets: tuple[Any, ...]) -> bool:
     """Whether it calls one of these functions or methods; a module may bear the same name."""
     return node.op in ("call_function", "call_method") and node.target in targets
 
@@ -109,7 +109,7 @@ def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether it is a ReLU, of a module, a function or a method."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], nn.ReLU)
-    return _calls(node, _RELUS)
+    return calls(node, _RELUS)
 
 
 def _branches(node: fx.Node, modules: dict[str, nn.Module]) -> list[Any]:
@@ -128,7 +128,7 @@ def on_grid(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     module = modules.get(str(node.target)) if node.op == "call_module" else None
     if isinstance(module, QAdd | QReLU):
         return True
-    keeps = isinstance(module, _KEEP_GRID_MODULES) or _calls(node, _KEEP_GRID)
+    keeps = isinstance(module, _KEEP_GRID_MODULES) or calls(node, _KEEP_GRID)
     return keeps and isinstance(node.args[0], fx.Node) and on_grid(node.args[0], modules)
 
 

@@ -110,16 +110,19 @@ def test_a_channel_is_not_turned_that_images_show_above_zero():
     assert (student.norm1.weight > 0).all()
 
 
-def test_no_channel_is_turned_where_a_maximum_would_choose_another():
-    class Net(nn.Sequential):
-        def __init__(self, *between):
-            torch.manual_seed(0)
-            stem, depthwise = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4)
-            norm = nn.BatchNorm2d(4)
-            nn.init.constant_(norm.bias, -5.0)
-            super().__init__(stem, norm, *between, depthwise, nn.Flatten(), nn.LazyLinear(5))
-            self(IMAGES)
+class Way(nn.Sequential):
+    """From a BatchNorm to a depthwise layer."""
 
+    def __init__(self, *between):
+        torch.manual_seed(0)
+        stem, depthwise = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=4, padding=1)
+        norm = nn.BatchNorm2d(4)
+        nn.init.constant_(norm.bias, -5.0)
+        super().__init__(stem, norm, *between, depthwise, nn.Flatten(), nn.LazyLinear(5))
+        self(IMAGES)
+
+
+def test_no_channel_is_turned_where_a_maximum_would_choose_another():
     ways = {
         "slope": (nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.LeakyReLU(0.5)),
         "linear": (nn.Identity(),),
@@ -128,12 +131,48 @@ def test_no_channel_is_turned_where_a_maximum_would_choose_another():
     }
     slopes = {}
     for name, way in ways.items():
-        student = prepare(Net(*way).eval(), "w4a4", data=DATA)
+        student = prepare(Way(*way).eval(), "w4a4", data=DATA)
         (pair,) = _pairs(student)
         slopes[name] = pair.slope
         equalize_channels(student, IMAGES)
         assert (pair.norm.weight.sign() == (-1 if pair.slope > 0 else 1)).all()
     assert slopes == {"slope": pytest.approx(0.1), "linear": 1, "largest": 0, "relu": 0}
+
+
+class Call(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (lambda x: F.max_pool2d(x, 2), 0),
+        (lambda x: torch.max_pool2d(x, 2), 0),
+        (lambda x: F.adaptive_max_pool2d(x, 1), 0),
+        (lambda x: x.relu(), 0),
+        (lambda x: F.avg_pool2d(x, 2), 1),
+        (lambda x: F.adaptive_avg_pool2d(x, 1), 1),
+        (lambda x: F.dropout(x, training=False), 1),
+        (lambda x: torch.dropout(x, 0.5, False), 1),
+    ],
+)
+def test_a_step_is_known_by_its_function_too(function, slope):
+    student = prepare(Way(Call(function)).eval(), "w4a4", data=DATA)
+    (pair,) = _pairs(student)
+    assert pair.slope == slope
+    expected = _bypassed(student)(IMAGES)
+    equalize_channels(student, IMAGES)
+    torch.testing.assert_close(student(IMAGES), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [torch.tanh, lambda x: x + 1, lambda x: x.clamp(-1, 1)])
+def test_a_function_that_no_scale_passes_ends_the_way(function):
+    assert not list(_pairs(prepare(Way(Call(function)).eval(), "w4a4", data=DATA)))
 
 
 def test_channels_that_differ_in_size_alone_get_one_size():
