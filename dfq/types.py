@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -11,17 +12,6 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """The caller's mistake: one sentence that says what, what was found and what to do."""
-
-
-def refuse_below_one(**counts: int) -> None:
-    """Refuse counts of steps, batches or images that leave nothing to do.
-
-    Raises:
-        InputError: one of ``counts`` is below 1; it is called by its keyword.
-    """
-    for name, count in counts.items():
-        if count < 1:
-            raise InputError(f"{name} must be at least 1, got {count}.")
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,10 @@ class DataSpec:
                     f"{name} has {len(values)} values but shape has {self.shape[0]} channels; "
                     "give one value per channel."
                 )
-        if any(value <= 0 for value in self.std):
+        if not all(0 < value < math.inf for value in self.std):
             raise InputError(f"std must be positive, got {self.std}.")
+        if not all(map(math.isfinite, self.mean)):
+            raise InputError(f"mean must be finite numbers, got {self.mean}.")
 
     @property
     def value_range(self) -> tuple[float, float]:

@@ -198,6 +198,8 @@ def test_a_wrong_evaluation_file_is_one_sentence_and_exit_2(tmp_path, capsys, ch
         (["--device", "abacus"], "no device 'abacus'"),
         (["--edge-bits", "1"], "edge_bits"),
         (["--seed", "-1"], "seed"),
+        (["--mean", "nan"], "mean must be finite"),
+        (["--std", "nan"], "std must be positive"),
         (["--steps", "0"], "steps must be positive, got 0"),
     ],
 )
@@ -205,6 +207,13 @@ def test_wrong_flags_are_one_sentence_and_exit_2(tmp_path, capsys, words, senten
     assert _quantize(*words, "--out", tmp_path / "run") == 2
     assert sentence in _sentence(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_below_zero_is_refused_before_images_are_made(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert _quantize("--student.lr", "-1", "--out", run, method="recipe") == 2
+    assert "dfq: student.lr must be at least 0, got -1.0." in _sentence(capsys)
+    assert not run.exists()
 
 
 def test_a_model_without_batch_norm_is_one_sentence_and_exit_2(tmp_path, capsys):

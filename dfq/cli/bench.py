@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from dfq.bounds import COUNT
 from dfq.cli.bench_table import layer_table, table
 from dfq.cli.export import load_packed
 from dfq.cli.flags import BenchFlags, image_shape, parse
@@ -73,9 +74,7 @@ def bench_command(argv: Sequence[str]) -> int:
 
 
 def _check(flags: BenchFlags) -> None:
-    for name, least in (("threads", flags.threads), ("turns", flags.turns)):
-        if least is not None and least < 1:
-            raise InputError(f"--{name} must be at least 1, got {least}.")
+    COUNT.check(**{"--threads": flags.threads, "--turns": flags.turns})
     if not flags.batch or min(flags.batch) < 1:
         raise InputError(f"--batch takes positive numbers, got {flags.batch}; write e.g. 1,8.")
     if flags.layers and flags.device.startswith("cuda"):

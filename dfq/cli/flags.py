@@ -178,7 +178,7 @@ def parse_with_config(flags: type[Any], command: str, argv: Sequence[str]) -> tu
     asks = {"-h", "--help"} & set(argv)
     maps = _value(argv, "--classes") in (None, "0") and not asks
     config = suggest_config(method, effort, maps=maps)
-    mirror = _mirror(config)
+    mirror = _mirror(config, arg(prefix_name=False))
     both = dataclasses.make_dataclass(
         "Flags",
         [
@@ -187,9 +187,7 @@ def parse_with_config(flags: type[Any], command: str, argv: Sequence[str]) -> tu
         ],
     )
     parsed = _parse(both, command, flags, argv)
-    values = getattr(parsed, method)
-    names = [field.name for field in dataclasses.fields(config)]
-    return parsed.run, type(config)(**{name: getattr(values, name) for name in names})
+    return parsed.run, _checked(config, getattr(parsed, method))
 
 
 def parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
@@ -242,26 +240,41 @@ def _comma_separated(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] |
     )
 
 
-def _mirror(config: Any) -> type[Any]:
+def _mirror(config: Any, *marks: Any) -> type[Any]:
     """A dataclass with the fields, documentation and values of ``config``, checked by nobody.
 
-    Its flags carry no prefix, those of a nested config the name of its field.
+    A nested config is mirrored too; ``marks`` annotate the fields of the outer one.
     """
     kinds = get_type_hints(type(config))
-    mirror = dataclasses.make_dataclass(
-        type(config).__name__,
-        [
-            (
-                field.name,
-                Annotated[kinds[field.name], arg(prefix_name=False)],
-                dataclasses.field(default=getattr(config, field.name)),
-            )
-            for field in dataclasses.fields(config)
-        ],
-        frozen=True,
-    )
+    fields: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(config):
+        kind, value = kinds[field.name], getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            kind = _mirror(value)
+            value = kind()
+        kind = Annotated[(kind, *marks)] if marks else kind
+        fields.append((field.name, kind, dataclasses.field(default=value)))
+    mirror = dataclasses.make_dataclass(type(config).__name__, fields, frozen=True)
     mirror.__doc__ = type(config).__doc__
     return mirror
+
+
+def _checked(config: Any, mirror: Any) -> Any:
+    """A config of the kind of ``config``, with the values of its mirror.
+
+    Raises:
+        InputError: it refuses one, which is called by its place in a nested config.
+    """
+    values = {}
+    for field in dataclasses.fields(config):
+        value, suggested = getattr(mirror, field.name), getattr(config, field.name)
+        if dataclasses.is_dataclass(suggested):
+            try:
+                value = _checked(suggested, value)
+            except InputError as error:
+                raise InputError(f"{field.name}.{error}") from None
+        values[field.name] = value
+    return type(config)(**values)
 
 
 def _parse(flags: type[Any], command: str, documented: type[Any], argv: Sequence[str]) -> Any:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfq.bounds import COUNT, NOT_ALL, NOT_NEGATIVE, POSITIVE, SHARE
 from dfq.descent import anneal, descend
 from dfq.distill.blocks import Plan
 from dfq.distill.losses import reconstruction_error
-from dfq.types import InputError, refuse_below_one
 from dfq_kernels import fake_quantize
 
 logger = logging.getLogger("dfq")
@@ -58,11 +58,16 @@ class ReconstructionConfig:
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop <= 1 or not 0 <= self.warmup < 1:
-            raise InputError(
-                f"drop must be 0 to 1 and warmup 0 to below 1, got {self.drop} and {self.warmup}."
-            )
-        refuse_below_one(steps=self.steps, batch_size=self.batch_size)
+        COUNT.check(steps=self.steps, batch_size=self.batch_size)
+        NOT_NEGATIVE.check(
+            lr=self.lr,
+            weight_scale_lr=self.weight_scale_lr,
+            input_scale_lr=self.input_scale_lr,
+            rounding_weight=self.rounding_weight,
+        )
+        SHARE.check(drop=self.drop)
+        NOT_ALL.check(warmup=self.warmup)
+        POSITIVE.check(beta=self.beta)
 
 
 GENIE_RECONSTRUCTION = ReconstructionConfig(  # the released code's

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dfq.bounds import NOT_NEGATIVE, SHARE
+
 
 @dataclass(frozen=True)
 class StudentConfig:
@@ -23,6 +25,10 @@ class StudentConfig:
     scale_lr: float = 5e-3
     optimizer: Literal["adam", "sgd"] = "adam"
     milestones: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        NOT_NEGATIVE.check(lr=self.lr, scale_lr=self.scale_lr)
+        SHARE.check(milestones=self.milestones)
 
 
 GDFQ_STUDENT = StudentConfig(  # the authors' cifar100_resnet20.hocon: 400 epochs of 200 steps

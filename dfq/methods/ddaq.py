@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfq.bounds import COUNT, NOT_NEGATIVE, POSITIVE
 from dfq.descent import anneal, descend, held_still
 from dfq.distill.features import capture_features, feature_distance, relative_distance
 from dfq.distill.losses import output_divergence
@@ -64,6 +65,13 @@ class DDAQConfig:
     feature_weight: float = 1.0
     importance: Importance = "sensitivity"
     importance_steps: int = 300
+
+    def __post_init__(self) -> None:
+        COUNT.check(importance_steps=self.importance_steps)
+        POSITIVE.check(temperature=self.temperature)
+        NOT_NEGATIVE.check(
+            discrepancy_weight=self.discrepancy_weight, feature_weight=self.feature_weight
+        )
 
 
 _QUICK = DDAQConfig(

@@ -15,11 +15,13 @@ drop is 2.0 with the float teacher alone, in two thirds of the time, 1.8 with eq
 with the learned ones, with a deviation of 0.1 to 0.3.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from dfq.bounds import BITS, NOT_NEGATIVE, POSITIVE
 from dfq.descent import anneal, descend, seeded_layers
 from dfq.distill.losses import multi_teacher_divergence
 from dfq.distill.meta import teacher_effects
@@ -73,11 +75,14 @@ class DMKDConfig:
     weight_lr: float = 1e-3
 
     def __post_init__(self) -> None:
+        POSITIVE.check(temperature=self.temperature)
+        NOT_NEGATIVE.check(entropy_weight=self.entropy_weight, weight_lr=self.weight_lr)
+        BITS.check(teacher_bits=self.teacher_bits)
         teachers = self.float_teacher + len(self.teacher_bits)
         if not teachers:
             raise InputError("nobody teaches: set float_teacher, or give teacher_bits.")
         weights = self.static_weights or (1.0,) * teachers
-        if len(weights) != teachers or min(weights) <= 0:
+        if len(weights) != teachers or not all(0 < weight < math.inf for weight in weights):
             raise InputError(
                 f"static_weights must be {teachers} numbers above 0, one a teacher, got {weights}."
             )

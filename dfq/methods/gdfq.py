@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dfq.bounds import NOT_NEGATIVE, POSITIVE
 from dfq.descent import anneal, descend
 from dfq.distill.losses import kd_divergence
 from dfq.distill.student import GDFQ_STUDENT, StudentConfig, student_optimizer
@@ -47,6 +48,10 @@ class GDFQConfig:
     temperature: float = 4.0
     kd_weight: float = 1.0
     class_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        POSITIVE.check(temperature=self.temperature)
+        NOT_NEGATIVE.check(kd_weight=self.kd_weight, class_weight=self.class_weight)
 
 
 _QUICK = GDFQConfig(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from dfq.bounds import COUNT
 from dfq.distill.reconstruct import GENIE_RECONSTRUCTION, ReconstructionConfig
 from dfq.methods.blockwise import check_learned, reconstruct_blocks
 from dfq.synthesize.inversion import MIXMIX_INVERSION, InversionConfig, inverted_batches
@@ -42,6 +43,9 @@ class LISConfig:
     courses: tuple[int, ...] = ()
     per_batch: int = 2
     mode: Mode = "batch"
+
+    def __post_init__(self) -> None:
+        COUNT.check(courses=self.courses, per_batch=self.per_batch)
 
 
 _QUICK = LISConfig(InversionConfig(batches=4, steps=60), ReconstructionConfig(steps=800))

@@ -71,6 +71,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from dfq.bounds import COUNT, NOT_NEGATIVE, SHARE, SOME
 from dfq.depthwise import is_depthwise
 from dfq.descent import anneal, descend, held_still
 from dfq.distill.features import capture_features, feature_distance
@@ -81,12 +82,12 @@ from dfq.prepare import Quantizer, calibrate, split_parameters
 from dfq.prepare.equalize import equalize_channels
 from dfq.prepare.layers import quantized_layers
 from dfq.prepare.squant import balance_rounding
-from dfq.synthesize.crops import check_least_area, random_crops
+from dfq.synthesize.crops import random_crops
 from dfq.synthesize.inversion import InversionConfig, inverted_batches
 from dfq.synthesize.latents import MAPS_LATENTS, LatentConfig, distilled_batches, is_large
 from dfq.synthesize.pool import Schedule, gather, lessons
 from dfq.synthesize.teachers import TeacherSampler, in_courses
-from dfq.types import DataSpec, Images, Report, refuse_below_one, silent
+from dfq.types import DataSpec, Images, Report, silent
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class RecipeConfig:
             The fewest bits count that the student has anywhere, of weights or activations.
 
     Raises:
-        InputError: ``least_area`` is no share of an image, or a step would have no images.
+        InputError: a number is out of its bounds.
     """
 
     latents: LatentConfig = field(default_factory=lambda: LatentConfig(batches=4))
@@ -159,12 +160,19 @@ class RecipeConfig:
     many_bits: int = 7
 
     def __post_init__(self) -> None:
-        check_least_area(self.least_area)
-        refuse_below_one(
+        COUNT.check(
             distill_batch=self.distill_batch,
             large_batch=self.large_batch,
             large_steps=self.large_steps,
         )
+        NOT_NEGATIVE.check(
+            distill_steps=self.distill_steps,
+            large_lr=self.large_lr,
+            low_bits=self.low_bits,
+            many_bits=self.many_bits,
+        )
+        SOME.check(least_area=self.least_area)
+        SHARE.check(large_mixed=self.large_mixed)
 
     def image_count(self, data: DataSpec) -> int:
         """How many images of that shape it makes."""

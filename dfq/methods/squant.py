@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dfq.bounds import COUNT
 from dfq.prepare import calibrate
 from dfq.prepare.squant import balance_rounding
 from dfq.synthesize.latents import image_moments
@@ -29,6 +30,9 @@ class SQuantConfig:
     """
 
     images: int = 256
+
+    def __post_init__(self) -> None:
+        COUNT.check(images=self.images)
 
 
 SQUANT_EFFORTS = dict.fromkeys(("quick", "default", "full", "paper"), SQuantConfig())

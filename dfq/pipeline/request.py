@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from dfq.bounds import COUNT
 from dfq.evaluate import check as check_evaluation
 from dfq.methods import METHODS
 from dfq.pipeline.images import check_images_file
 from dfq.pipeline.inputs import Teacher
 from dfq.pipeline.provenance import Source
 from dfq.prepare import parse_bits
-from dfq.types import DataSpec, InputError, refuse_below_one
+from dfq.types import DataSpec, InputError
 
 NO_SOURCE = Source()
 
@@ -78,8 +79,7 @@ def resolve(request: Request, data: DataSpec) -> Request:
         )
     if not 0 <= request.seed < 2**63:
         raise InputError(f"seed must be 0 to 2**63 - 1, got {request.seed}.")
-    if request.threads is not None:
-        refuse_below_one(threads=request.threads)
+    COUNT.check(threads=request.threads)
     _check_sources(request)
     if request.eval_file:
         check_evaluation(request.eval_file, data)

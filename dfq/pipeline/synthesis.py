@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfq.bounds import COUNT
 from dfq.methods import METHODS
 from dfq.pipeline.conditions import reproducible
 from dfq.pipeline.images import write_images
@@ -68,8 +69,7 @@ def resolve_synthesis(request: Request, data: DataSpec, count: int | None) -> Re
         )
     if request.images:
         raise InputError(f"{request.images} holds images already; leave out --images.")
-    if count is not None and count < 1:
-        raise InputError(f"the number of images must be at least 1, got {count}.")
+    COUNT.check(images=count)
     if request.out:
         _check_file(request.out, request.overwrite)
     return request

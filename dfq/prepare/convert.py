@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from dfq.bounds import BITS
 from dfq.prepare.adds import QAdd, quantize_adds
 from dfq.prepare.edges import Edges, find_edges
 from dfq.prepare.frozen import freeze_batch_norm
@@ -176,8 +177,7 @@ def _check_options(protocol: str, scales: str, edge_bits: int | None) -> None:
         raise InputError(f"protocol must be brecq or gdfq, got {protocol!r}.")
     if scales not in ("learned", "minmax"):
         raise InputError(f"scales must be learned or minmax, got {scales!r}.")
-    if edge_bits is not None and not 2 <= edge_bits <= 8:
-        raise InputError(f"edge_bits must be 2 to 8, got {edge_bits}.")
+    BITS.check(edge_bits=edge_bits)
 
 
 def _resolve_overrides(overrides: Overrides, names: list[str]) -> dict[str, Bits | None]:

@@ -11,19 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfq.types import InputError
+from dfq.bounds import SOME
 
 PROPORTIONS = 4 / 3  # of the sides of a part, at most, to those of the image
-
-
-def check_least_area(area: float) -> None:
-    """Refuse what is no share of an image before any image is made.
-
-    Raises:
-        InputError: ``area`` is not above 0 and at most 1.
-    """
-    if not 0 < area <= 1:
-        raise InputError(f"least_area must be above 0 and at most 1, got {area}.")
 
 
 def random_crops(images: Tensor, least_area: float, rng: torch.Generator) -> Tensor:
@@ -37,7 +27,7 @@ def random_crops(images: Tensor, least_area: float, rng: torch.Generator) -> Ten
     Raises:
         InputError: ``least_area`` is not above 0 and at most 1.
     """
-    check_least_area(least_area)
+    SOME.check(least_area=least_area)
     if least_area == 1:
         return images
     area, proportions, right, down = torch.rand(4, len(images), generator=rng)

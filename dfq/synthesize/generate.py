@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfq.bounds import COUNT, NOT_NEGATIVE
 from dfq.descent import anneal, descend, seeded_layers
 from dfq.outputs import are_logits, cast
 from dfq.synthesize.bn_stats import capture_bn_statistics
@@ -51,6 +52,21 @@ class GeneratorConfig:
     class_weight: float = 0.01
     bn_eps: float = 1e-5
     bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        COUNT.check(
+            batch_size=self.batch_size,
+            steps_per_batch=self.steps_per_batch,
+            latent_dim=self.latent_dim,
+        )
+        NOT_NEGATIVE.check(
+            first_steps=self.first_steps,
+            lr=self.lr,
+            latent_lr=self.latent_lr,
+            bn_weight=self.bn_weight,
+            class_weight=self.class_weight,
+            bn_eps=self.bn_eps,
+        )
 
 
 GDFQ_GENERATOR = GeneratorConfig(  # the authors' cifar100_resnet20.hocon and code

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfq.bounds import COUNT, NOT_ALL, NOT_NEGATIVE, SHARE
 from dfq.descent import anneal, descend
 from dfq.outputs import are_logits
 from dfq.synthesize.bn_stats import capture_bn_statistics
@@ -79,6 +80,21 @@ class InversionConfig:
     mixed: float = 0.5
     swing: bool = True
     bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        COUNT.check(batch_size=self.batch_size, steps=self.steps, levels=self.levels)
+        NOT_NEGATIVE.check(
+            batches=self.batches,
+            lr=self.lr,
+            gain=self.gain,
+            bn_weight=self.bn_weight,
+            class_weight=self.class_weight,
+            variation_weight=self.variation_weight,
+            norm_weight=self.norm_weight,
+            shift=self.shift,
+        )
+        NOT_ALL.check(betas=self.betas)
+        SHARE.check(mixed=self.mixed)
 
     @property
     def total_steps(self) -> int:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dfq.bounds import COUNT, NOT_NEGATIVE
 from dfq.descent import anneal, descend, seeded_layers
 from dfq.outputs import labels
 from dfq.synthesize.bn_stats import capture_bn_statistics
@@ -71,6 +72,16 @@ class LatentConfig:
     image_weight: float = 1.0
     swing: bool = True
     bfloat16: bool = True
+
+    def __post_init__(self) -> None:
+        COUNT.check(batch_size=self.batch_size, steps=self.steps, latent_dim=self.latent_dim)
+        NOT_NEGATIVE.check(
+            batches=self.batches,
+            first_steps=self.first_steps,
+            lr=self.lr,
+            latent_lr=self.latent_lr,
+            image_weight=self.image_weight,
+        )
 
     @property
     def total_steps(self) -> int:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dfq.synthesize.crops import check_least_area, random_crops
+from dfq.bounds import COUNT, NOT_NEGATIVE, SOME
+from dfq.synthesize.crops import random_crops
 from dfq.synthesize.swing import shifted
-from dfq.types import Images, InputError, refuse_below_one
+from dfq.types import Images, InputError
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class Schedule:
                 f"warmup_batches must be 1 to batches ({self.batches}), got "
                 f"{self.warmup_batches}: the student begins when they are made."
             )
-        refuse_below_one(
+        COUNT.check(
             pool_batches=self.pool_batches,
             steps_per_batch=self.steps_per_batch,
             batch_size=self.batch_size,
         )
-        check_least_area(self.least_area)
+        NOT_NEGATIVE.check(shift=self.shift)
+        SOME.check(least_area=self.least_area)
 
 
 GDFQ_SCHEDULE = Schedule(  # the authors' cifar100_resnet20.hocon: 400 epochs of 200 steps
@@ -89,8 +91,15 @@ def lessons(
 
 
 def gather(batches: Iterable[Images], count: int | None = None) -> Images:
-    """All images of ``batches``, or the first ``count`` of them."""
-    images, labels = (torch.cat(parts)[:count] for parts in zip(*batches, strict=True))
+    """All images of ``batches``, or the first ``count`` of them.
+
+    Raises:
+        InputError: there is no batch.
+    """
+    parts = list(batches)
+    if not parts:
+        raise InputError("no images are made; set batches to at least 1.")
+    images, labels = (torch.cat(part)[:count] for part in zip(*parts, strict=True))
     return Images(images, labels)
 
 

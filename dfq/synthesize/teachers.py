@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dfq.types import DataSpec, InputError, refuse_below_one
+from dfq.bounds import COUNT
+from dfq.types import DataSpec, InputError
 
 Mode = Literal["batch", "step"]
 
@@ -98,7 +99,7 @@ class TeacherSampler:
     ):
         if not courses or not all(courses):
             raise InputError("every course needs a teacher, and there must be one course.")
-        refuse_below_one(per_batch=per_batch)
+        COUNT.check(per_batch=per_batch)
         self.courses, self.per_batch, self.mode = courses, per_batch, mode
         self._drawn: list[nn.Module] = []
 

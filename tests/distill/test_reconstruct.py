@@ -230,9 +230,15 @@ def test_reconstruction_error_by_hand(shape):
     torch.testing.assert_close(error, torch.full((2,), 12.0))
 
 
-@pytest.mark.parametrize("change", [{"drop": 1.5}, {"warmup": 1.0}])
-def test_shares_beyond_one_are_refused(change):
-    with pytest.raises(InputError, match="drop must be"):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"drop": 1.5}, "drop must be 0 to 1, got 1.5"),
+        ({"warmup": 1.0}, "warmup must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_shares_beyond_one_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
         replace(QUICK, **change)
 
 
