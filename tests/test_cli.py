@@ -124,7 +124,7 @@ def test_synthesize_makes_images_that_quantize_learns_from(tmp_path, capsys, wei
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--teachers", "cifar:resnet32"], "cifar:resnet32 brings no weights"),
+        (["--teachers", "cifar:resnet32"], "to a teacher cifar:resnet32=FILE"),
         (["--teachers", f"{MODEL}=none.pt"], "there is no weight file none.pt"),
         (["--teachers", f"{MODEL}@x/1"], "defines no function network@x/1"),
         (["--courses", "2"], "courses of 2 teachers do not hold 1"),

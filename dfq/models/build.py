@@ -53,7 +53,10 @@ def _cifar(name: str, classes: int, pretrained: bool) -> nn.Module:
     if name not in names:
         raise InputError(f"there is no cifar:{name}; choose from {', '.join(names)}.")
     if pretrained:
-        raise InputError(f"cifar:{name} brings no weights of its own; give --weights FILE.")
+        raise InputError(
+            f"cifar:{name} brings no weights of its own; give --weights FILE, to a teacher "
+            f"cifar:{name}=FILE."
+        )
     return CifarResNet(names[name], classes)
 
 
