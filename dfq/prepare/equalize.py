@@ -32,46 +32,13 @@ from 0.057 to 0.084.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from dfq.depthwise import is_depthwise
-from dfq.prepare.adds import calls, is_relu
-from dfq.prepare.frozen import Frozen, evaluating
-from dfq.prepare.layers import QConv2d, QReLU
-from dfq.prepare.quantizer import Quantizer
-from dfq.prepare.sensitivity import quantizing_only
-from dfq.prepare.trace import trace
+from dfq.prepare.pairs import SMALLEST, Pair, Seen, find_pairs, watch
 
-SHOWN = 64  # images
-SAMPLE = 8192  # values of a channel that are looked at
-SMALLEST = 1e-3  # of the largest channel; a smaller one is as good as dead
 FAR = 3.0  # deviations of a BatchNorm's output, that are as good as all of it; as DFQ has it
-
-_LARGEST = (F.max_pool2d, F.adaptive_max_pool2d, torch.max_pool2d)
-_LARGEST_MODULES = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
-_LINEAR = (F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, F.dropout2d, torch.dropout)
-_LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
-
-
-class Pair(NamedTuple):
-    """A BatchNorm, the depthwise layer that alone takes its channels in, and the grid of these."""
-
-    norm: nn.BatchNorm2d
-    layer: QConv2d
-    quantizer: Quantizer
-    slope: float = 0.0  # times which values below zero pass; 0 if their sign cannot be turned
-
-
-class Seen(NamedTuple):
-    """Of a layer, in float."""
-
-    inputs: Tensor  # [C, SAMPLE]
-    spread: Tensor  # [outputs], variance
 
 
 @torch.no_grad()
@@ -93,23 +60,15 @@ def equalize_channels(student: nn.Module, images: Tensor) -> int:
         student: from ``prepare``.
         images: [N, C, H, W], the first of which are shown; the same ones give the same scales.
     """
-    pairs = list(_pairs(student))
+    pairs = find_pairs(student, is_depthwise)
     if not pairs:
         return 0
-    seen = _watch(student, [pair.layer for pair in pairs], images[:SHOWN])
+    seen = watch(student, pairs, images)
     for pair in pairs:
         step = _steps(pair, _turn(pair, seen[pair.layer]))
         step /= step.log().mean().exp()
-        _scale(pair, 1 / step, step)
+        pair.scale(1 / step, step)
     return len(pairs)
-
-
-def _scale(pair: Pair, before: Tensor, behind: Tensor) -> None:
-    """Multiply each channel of what the BatchNorm puts out, and the layer's weights for it."""
-    for parameter in (pair.norm.weight, pair.norm.bias):
-        parameter.mul_(before)
-    each = behind.repeat_interleave(pair.layer.out_channels // pair.layer.in_channels)
-    pair.layer.weight.mul_(each.reshape(-1, 1, 1, 1))
 
 
 def _turn(pair: Pair, seen: Seen) -> Seen:
@@ -118,28 +77,8 @@ def _turn(pair: Pair, seen: Seen) -> Seen:
     below = (seen.inputs.amax(1) < 0) & (norm.bias + FAR * norm.weight.abs() < 0)
     below &= pair.slope > 0
     sign = torch.where(below, -1.0, 1.0)
-    _scale(pair, torch.where(below, -pair.slope, 1.0), sign)
+    pair.scale(torch.where(below, -pair.slope, 1.0), sign)
     return Seen(seen.inputs * sign[:, None], seen.spread)
-
-
-def _watch(student: nn.Module, layers: list[QConv2d], images: Tensor) -> dict[nn.Module, Seen]:
-    """Run ``student`` in float; the draw of what is kept has a generator of its own."""
-    seen: dict[nn.Module, Seen] = {}
-    rng = torch.Generator().manual_seed(0)
-
-    def look(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        rows, answers = (x.float().transpose(0, 1).flatten(1) for x in (args[0], output))
-        picks = torch.randint(rows.shape[1], (SAMPLE,), generator=rng).to(rows.device)
-        seen[layer] = Seen(rows[:, picks], answers.var(1, correction=0))
-
-    handles = [layer.register_forward_hook(look) for layer in layers]
-    try:
-        with evaluating(student), quantizing_only(student, None):
-            student(images.to(next(student.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def _steps(pair: Pair, seen: Seen) -> Tensor:
@@ -158,60 +97,11 @@ def _steps(pair: Pair, seen: Seen) -> Tensor:
     )
     tiny = torch.finfo(torch.float32).tiny
     steps = steps.clamp(min=SMALLEST * steps.amax(1, keepdim=True).clamp(min=tiny))
-    passed = pair.layer.weight.float().square().sum((1, 2, 3)) / seen.spread
-    # an output that does not change tells the layers behind it nothing
-    passed = passed.where(seen.spread > SMALLEST**2 * seen.spread.max(), 0.0)
-    lost = (steps.square() * passed.reshape(len(high), -1).mean(1)).sum(1)  # [zero_points]
+    passed = seen.gain(pair.layer.weight).reshape(len(high), -1).mean(1)
+    lost = (steps.square() * passed).sum(1)  # [zero_points]
     return steps[lost.nan_to_num(nan=torch.inf).argmin()]
 
 
 def _least_step(extent: Tensor, codes: Tensor) -> Tensor:
     """With which ``codes`` hold ``extent``: 0 if there is nothing to hold, infinite if no code."""
     return (extent.clamp(min=0) / codes).nan_to_num(nan=0.0, posinf=torch.inf)
-
-
-def _pairs(student: nn.Module) -> Iterator[Pair]:
-    """Every BatchNorm whose one way on ends in a depthwise layer; each module of it used once."""
-    graph, modules = trace(student), dict(student.named_modules())
-    nodes = list(graph.nodes) if graph else []
-    calls = [node.target for node in nodes if node.op == "call_module"]
-    for node in nodes:
-        norm, quantizer, slope = _module(node, modules), None, 1.0
-        once = calls.count(node.target) == 1
-        if not (once and isinstance(norm, nn.BatchNorm2d) and isinstance(norm, Frozen)):
-            continue
-        if not norm.affine:
-            continue
-        while len(node.users) == 1:
-            (node,) = node.users
-            module = _module(node, modules)
-            if isinstance(module, QConv2d) and is_depthwise(module):
-                quantizer = module.input_quantizer or quantizer
-                if quantizer and calls.count(node.target) == 1:
-                    yield Pair(norm, module, quantizer, slope)
-                break
-            step = _slope(node, modules)
-            if step is None:
-                break
-            slope *= step
-            if isinstance(module, QReLU):
-                quantizer = module.quantizer
-
-
-def _module(node: fx.Node, modules: dict[str, nn.Module]) -> Any:
-    return modules.get(str(node.target)) if node.op == "call_module" else None
-
-
-def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
-    """Times which the step lets values below zero pass: None if it is not positively homogeneous.
-
-    0 too where it would choose others if their signs were turned.
-    """
-    module = _module(node, modules)
-    if isinstance(module, QReLU):
-        return 0.0 if module.maximum is None else None
-    if isinstance(module, nn.LeakyReLU):
-        return max(module.negative_slope, 0.0)
-    if is_relu(node, modules) or isinstance(module, _LARGEST_MODULES) or calls(node, _LARGEST):
-        return 0.0
-    return 1.0 if isinstance(module, _LINEAR_MODULES) or calls(node, _LINEAR) else None
