@@ -67,7 +67,7 @@ class Seen(NamedTuple):
 def find_pairs(student: nn.Module, takes: Callable[[QConv2d], bool]) -> list[Pair]:
     """Every BatchNorm whose one way on ends in such a layer; each module of it used once.
 
-    None if the graph cannot be told.
+    None are found where the graph cannot be told.
     """
     return list(_pairs(student, takes))
 

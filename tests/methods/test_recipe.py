@@ -10,6 +10,7 @@ from dfq.methods import RecipeConfig, recipe, recipe_images
 from dfq.methods.recipe import RECIPE_EFFORTS, fewest_bits
 from dfq.prepare import calibrate, prepare
 from dfq.prepare.equalize import equalize_channels
+from dfq.prepare.outliers import shrink_outliers
 from dfq.prepare.squant import balance_rounding
 from dfq.synthesize.inversion import InversionConfig
 from dfq.types import DataSpec, Images, InputError
@@ -123,10 +124,26 @@ def test_with_many_bits_errors_of_weights_cancel_and_channels_are_equalized():
     teacher, student, images, _ = _train("w8a8", config, teacher=_depthwise)
     expected = prepare(teacher, "w8a8", data=DATA)
     assert equalize_channels(expected, images.images) == 1
+    assert shrink_outliers(expected, images.images) == 0
     calibrate(expected, images.images)
     assert not _same(student, expected)
     balance_rounding(expected)
     assert _same(student, expected)
+
+
+@pytest.mark.parametrize(("bits", "shrunk"), [("w8a8", True), ("w7a8", True), ("w4a8", False)])
+def test_with_many_bits_outliers_are_shrunk(bits, shrunk):
+    def outlier():
+        teacher = plain()
+        teacher[1].weight[0] *= 20
+        return teacher
+
+    config = replace(CONFIG, distill_steps=0)
+    teacher, student, images, _ = _train(bits, config, teacher=outlier)
+    expected = prepare(teacher, bits, data=DATA)
+    assert shrink_outliers(expected, images.images) > 0
+    assert not torch.equal(expected[1].weight, teacher[1].weight)
+    assert torch.equal(student[1].weight, (expected if shrunk else teacher)[1].weight)
 
 
 def test_with_few_bits_channels_are_equalized_too():
