@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.depthwise import is_depthwise
-from dfq.prepare.pairs import SMALLEST, Pair, Seen, find_pairs, watch
+from dfq.prepare.pairs import SMALLEST, Pair, Seen, watch
 
 FAR = 3.0  # deviations of a BatchNorm's output, that are as good as all of it; as DFQ has it
 
@@ -61,15 +61,12 @@ def equalize_channels(student: nn.Module, images: Tensor) -> int:
         student: from ``prepare``.
         images: [N, C, H, W], the first of which are shown; the same ones give the same scales.
     """
-    pairs = find_pairs(student, is_depthwise)
-    if not pairs:
-        return 0
-    seen = watch(student, pairs, images)
-    for pair in pairs:
-        step = _steps(pair, _turn(pair, seen[pair.layer]))
+    watched = watch(student, is_depthwise, images)
+    for pair, seen in watched:
+        step = _steps(pair, _turn(pair, seen))
         step /= step.log().mean().exp()
         pair.scale(1 / step, step)
-    return len(pairs)
+    return len(watched)
 
 
 def _turn(pair: Pair, seen: Seen) -> Seen:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.prepare.layers import QConv2d
-from dfq.prepare.pairs import SMALLEST, Pair, Seen, find_pairs, watch
+from dfq.prepare.pairs import SMALLEST, Pair, Seen, watch
 
 BOUNDS = 33  # how many are tried, from the largest channel to the smallest
 
@@ -47,14 +47,11 @@ def shrink_outliers(student: nn.Module, images: Tensor) -> int:
         student: from ``prepare``.
         images: [N, C, H, W], the first of which are shown; the same ones give the same scales.
     """
-    pairs = find_pairs(student, _is_dense)
-    if not pairs:
-        return 0
-    seen = watch(student, pairs, images)
-    for pair in pairs:
-        sizes = _sizes(pair, seen[pair.layer])
+    watched = watch(student, _is_dense, images)
+    for pair, seen in watched:
+        sizes = _sizes(pair, seen)
         pair.scale(1 / sizes, sizes)
-    return len(pairs)
+    return len(watched)
 
 
 def _is_dense(layer: QConv2d) -> bool:

@@ -118,11 +118,16 @@ def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
     return 1.0 if isinstance(module, _LINEAR_MODULES) or calls(node, _LINEAR) else None
 
 
-def watch(student: nn.Module, pairs: list[Pair], images: Tensor) -> dict[nn.Module, Seen]:
-    """What the layers of ``pairs`` see when ``student`` runs on the first images, in float.
+def watch(
+    student: nn.Module, takes: Callable[[QConv2d], bool], images: Tensor
+) -> list[tuple[Pair, Seen]]:
+    """``find_pairs``, and what each sees when ``student`` runs on the first images, in float.
 
     The draw of what is kept has a generator of its own.
     """
+    pairs = find_pairs(student, takes)
+    if not pairs:
+        return []
     seen: dict[nn.Module, Seen] = {}
     rng = torch.Generator().manual_seed(0)
 
@@ -131,11 +136,11 @@ def watch(student: nn.Module, pairs: list[Pair], images: Tensor) -> dict[nn.Modu
         picks = torch.randint(rows.shape[1], (SAMPLE,), generator=rng).to(rows.device)
         seen[layer] = Seen(rows[:, picks], answers.var(1, correction=0))
 
-    handles = [layer.register_forward_hook(look) for _, layer, *_ in pairs]
+    handles = [pair.layer.register_forward_hook(look) for pair in pairs]
     try:
         with evaluating(student), quantizing_only(student, None):
             student(images[:SHOWN].to(next(student.parameters())))
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return [(pair, seen[pair.layer]) for pair in pairs]
