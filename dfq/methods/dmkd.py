@@ -15,7 +15,6 @@ drop is 2.0 with the float teacher alone, in two thirds of the time, 1.8 with eq
 with the learned ones, with a deviation of 0.1 to 0.3.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -75,16 +74,16 @@ class DMKDConfig:
     weight_lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        POSITIVE.check(temperature=self.temperature)
+        POSITIVE.check(temperature=self.temperature, static_weights=self.static_weights)
         NOT_NEGATIVE.check(entropy_weight=self.entropy_weight, weight_lr=self.weight_lr)
         BITS.check(teacher_bits=self.teacher_bits)
         teachers = self.float_teacher + len(self.teacher_bits)
         if not teachers:
             raise InputError("nobody teaches: set float_teacher, or give teacher_bits.")
-        weights = self.static_weights or (1.0,) * teachers
-        if len(weights) != teachers or not all(0 < weight < math.inf for weight in weights):
+        weights = self.static_weights
+        if weights and len(weights) != teachers:
             raise InputError(
-                f"static_weights must be {teachers} numbers above 0, one a teacher, got {weights}."
+                f"static_weights must be {teachers} numbers, one a teacher, got {weights}."
             )
         if self.weight_input in UNLEARNED and self.objective != "softmax":
             raise InputError(

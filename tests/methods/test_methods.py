@@ -197,8 +197,8 @@ def test_dmkd_lessons_are_the_same_whoever_weighs(config):
     ("changes", "message"),
     [
         ({"float_teacher": False, "teacher_bits": ()}, "nobody teaches"),
-        ({"static_weights": (1.0, 1.0)}, "must be 3 numbers above 0"),
-        ({"static_weights": (1.0, 1.0, 0.0)}, "must be 3 numbers above 0"),
+        ({"static_weights": (1.0, 1.0)}, "must be 3 numbers, one a teacher"),
+        ({"static_weights": (1.0, 1.0, 0.0)}, "static_weights must be above 0"),
         ({"weight_input": "static"}, "static weights learn nothing"),
         ({"weight_input": "random", "objective": "entropy"}, "random weights learn nothing"),
     ],
