@@ -157,8 +157,8 @@ def test_with_few_bits_channels_are_equalized_too():
 
 def test_distilling_goes_on_from_the_reconstruction_and_brings_the_student_nearer():
     config = replace(CONFIG, distill_steps=150, distill_batch=16)
-    teacher, student, images, _ = _train("w2a2", config, teacher=plain)
-    _, rounded, same, stages = _train("w2a2", replace(config, distill_steps=0), teacher=plain)
+    teacher, student, images, _ = _train("w4a4", config, teacher=plain)
+    _, rounded, same, stages = _train("w4a4", replace(config, distill_steps=0), teacher=plain)
     assert list(stages) == ["synthesize", "reconstruct"]  # distilling can be left out
     assert torch.equal(images.images, same.images)
     layers = ["0", "3", "7"]
