@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,14 +11,17 @@ from dfq.methods import RecipeConfig, recipe, recipe_images
 from dfq.methods.recipe import RECIPE_EFFORTS, fewest_bits
 from dfq.prepare import calibrate, prepare
 from dfq.prepare.equalize import equalize_channels
+from dfq.prepare.means import correct_means
 from dfq.prepare.outliers import shrink_outliers
 from dfq.prepare.squant import balance_rounding
+from dfq.synthesize.contrast import add_contrast
 from dfq.synthesize.inversion import InversionConfig
 from dfq.types import DataSpec, Images, InputError
 from tests.methods.test_genie import DATA, TINY
 from tests.methods.test_genie import _teacher as residual
 from tests.methods.test_methods import _teacher as plain
 
+recipe_module = sys.modules["dfq.methods.recipe"]  # its name in the package is the function's
 CONFIG = RecipeConfig(
     TINY.latents,
     InversionConfig(batch_size=16, batches=1, steps=3),
@@ -125,10 +129,38 @@ def test_with_many_bits_errors_of_weights_cancel_and_channels_are_equalized():
     expected = prepare(teacher, "w8a8", data=DATA)
     assert equalize_channels(expected, images.images) == 1
     assert shrink_outliers(expected, images.images) == 0
-    calibrate(expected, images.images)
+    calibrate(expected, add_contrast(images, DATA, CONFIG.contrast).images)
     assert not _same(student, expected)
     balance_rounding(expected)
+    assert not _same(student, expected)
+    assert correct_means(expected, images.images) == 2
     assert _same(student, expected)
+
+
+@pytest.mark.parametrize(("bits", "steps", "same"), [("w8a8", 0, False), ("w4a4", 5, True)])
+def test_with_many_bits_grids_hold_images_of_more_contrast(bits, steps, same):
+    given, seen = _given(8), []
+    for contrast in (1.5, 1.0):
+        config = replace(CONFIG, distill_steps=steps, contrast=contrast)
+        _, student, images, _ = _train(bits, config, given=given)
+        assert images is given
+        seen.append(student)
+    assert _same(*seen) is same
+
+
+def test_with_many_bits_the_student_learns_from_images_of_more_contrast(monkeypatch):
+    shown = []
+
+    def keep(teacher, student, images, *rest):
+        shown.append(images.images)
+
+    monkeypatch.setattr(recipe_module, "_distill", keep)
+    given = _given(8)
+    _train("w8a8", given=given)
+    _train("w4a4", given=given)
+    many, few = shown
+    assert torch.equal(many, add_contrast(given, DATA, 1.5).images)
+    assert torch.equal(few, given.images)
 
 
 @pytest.mark.parametrize(("bits", "shrunk"), [("w8a8", True), ("w7a8", True), ("w4a8", False)])
