@@ -166,12 +166,21 @@ class Graph:
         zero = tensors.get("weight_zero")
         return integers(tensors["weight"], zero, list(step.numbers["shape"]))
 
-    def _scaled(self, weight: Tensor, scale: Tensor) -> str:
-        """Integer weights and their scale by output channel, as a DequantizeLinear."""
+    def _scaled(self, weight: Tensor, scale: Tensor, codes: Grid | None = None) -> str:
+        """Integer weights and their scale by output channel, as a DequantizeLinear.
+
+        ``codes`` are those that they meet. Large weights are stored without a sign if those have
+        none: CPUs without VNNI (AVX2 and older) add two products of a byte with and one without a
+        sign in int16, and ONNX Runtime lets them saturate; bytes of one kind are widened first.
+        """
         low, high = int(weight.min()), int(weight.max())
         four = self.int4 and low >= -8 and high <= 7
         if not four and not -128 <= low <= high <= 127:  # asymmetric weights less their zero
             return self.constant(weight * scale.view(-1, *[1] * (weight.ndim - 1)))
+        if codes and not _adds_in_int16(codes, max(-low, high)):
+            name, zero = self.constant(weight + 128, np.uint8), np.full(len(scale), 128)
+            inputs = [name, self.constant(scale), self.constant(zero, np.uint8)]
+            return self.node("DequantizeLinear", inputs, axis=0)
         name = self.constant(weight, np.int8)
         if four:
             proto = self.onnx.helper.make_tensor(
@@ -198,12 +207,13 @@ class Graph:
         weight = torch.where(flip.view(-1, *[1] * (weight.ndim - 1)), -weight, weight)
         scale = scale.abs()
         if not _fuses(step):
-            return [self.as_float(step.inputs[0]), self._scaled(layout(weight), scale)], bias
+            weights = self._scaled(layout(weight), scale, source)
+            return [self.as_float(step.inputs[0]), weights], bias
         weight, scale = self._refined(weight, scale, bias / source.scale, source)
         sums = scale * source.scale
         bias_codes = self.constant((bias / sums).round(), np.int32)
         dequantized = self.node("DequantizeLinear", [bias_codes, self.constant(sums)], axis=0)
-        weights = self._scaled(layout(weight), scale)
+        weights = self._scaled(layout(weight), scale, source)
         return [self.as_float(step.inputs[0]), weights, dequantized], None
 
     def _refined(
@@ -244,6 +254,11 @@ class Graph:
             self.on_grid(value, Grid.of(n["grid"]), step.output)
         else:
             self.node("Identity", [value], step.output)
+
+
+def _adds_in_int16(codes: Grid, weight: int) -> bool:
+    """Whether two products of codes and weights of that size are sure to."""
+    return codes.quant_min < 0 or 2 * codes.quant_max * weight <= np.iinfo(np.int16).max
 
 
 def _fuses(step: Step) -> bool:
