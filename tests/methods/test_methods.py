@@ -255,6 +255,6 @@ def test_dmkd_plain_softmax_shows_the_collapse():
         weight_input="bank",
         objective="softmax",
         weight_lr=1.0,
-        schedule=replace(TINY["schedule"], steps_per_batch=100),
+        schedule=replace(TINY["schedule"], steps_per_batch=300),
     )
     assert float(lines[-1][-1]["weight_entropy"]) < 0.05
