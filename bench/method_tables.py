@@ -41,7 +41,7 @@ def circumstances(records: Iterable[Record]) -> list[str]:
 def _place(record: Record) -> str:
     count = record["eval_images"]
     measured = f"{count} real images" if count is not None else record["measure"]
-    parts = [f"{measured}, for measuring only", record["processor"]]
+    parts = [f"{measured}, for measuring only", f"{record['processor']} ({record['isa']})"]
     return "; ".join([*parts, f"threads: {record['threads']}", f"torch {record['torch']}"])
 
 

@@ -94,17 +94,17 @@ def test_a_score_names_its_measure_and_never_shares_a_row_with_another():
 
 def test_circumstances_say_what_was_measured_on():
     machine = {"dirty": False, "processor": "A CPU", "threads": 1, "torch": "2", "commit": "a"}
-    machine |= {"date": "2026-01-02"}
+    machine |= {"date": "2026-01-02", "isa": "AVX2"}
     counted, scored = {"eval_images": 650}, {"eval_images": None, "measure": "AP50"}
     records = [RUN | machine | change for change in (counted, scored, scored)]
     assert method_tables.circumstances(records) == [
-        f"{what}, for measuring only; A CPU; threads: 1; torch 2; commit a; 2026-01-02."
+        f"{what}, for measuring only; A CPU (AVX2); threads: 1; torch 2; commit a; 2026-01-02."
         for what in ("650 real images", "AP50")
     ]
 
 
 def test_circumstances_name_every_commit_once():
-    machine = {"processor": "A CPU", "threads": 1, "torch": "2", "eval_images": 650}
+    machine = {"processor": "A CPU", "isa": "", "threads": 1, "torch": "2", "eval_images": 650}
     commits = [("b", False, "2026-01-03"), ("a", True, "2026-01-02"), ("b", False, "2026-01-04")]
     names = ("commit", "dirty", "date")
     records = [RUN | machine | dict(zip(names, values, strict=True)) for values in commits]
