@@ -11,9 +11,9 @@ Channels that a depthwise layer takes in are first brought to sizes that suit th
 (GENIE-M). From there the whole student goes on and learns to put out, in every layer, what the
 teacher does (PTQ as a warm start for QAT, as in GenQ, arXiv:2312.05272). With many bits nothing is
 reconstructed: channels that are larger than the rest are shrunk (SmoothQuant, arXiv:2211.10438),
-weights are rounded so that their errors cancel (SQuant, arXiv:2202.07471), and what rounding did to
-the means of channels is taken back (DFQ), all in seconds; grids and student see each image with
-more contrast too.
+weights are rounded so that their errors cancel (SQuant, arXiv:2202.07471), and what rounding the
+activations did to the means of channels is taken back (DFQ), all in seconds; grids and student see
+each image with more contrast too.
 
 A student is judged here by images that it has not learned from and that no data is behind: for
 ResNet-20 those distilled from a ResNet-32, for MobileNetV1 x0.25 crops and blends of images that

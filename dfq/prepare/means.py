@@ -1,8 +1,8 @@
-"""What rounding did to the means of channels, taken back: bias correction.
+"""What quantizers did to the means of channels, taken back: bias correction.
 
-Rounding errors of weights and inputs do not average out: each channel's mean moves, and everything
-behind is off. The BatchNorm that follows can take it back, exactly so for the images at hand (Nagel
-et al., DFQ, arXiv:1906.04721, section 4.2).
+Rounding errors do not average out: each channel's mean moves, and everything behind is off. The
+BatchNorm that follows can take it back, exactly so for the images at hand (Nagel et al., DFQ,
+arXiv:1906.04721, section 4.2).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from dfq.prepare.sensitivity import quantizing_only
 def correct_means(student: nn.Module, images: Tensor) -> int:
     """Move the biases of a calibrated ``student``'s BatchNorms, in place; return how many.
 
-    ``bias_c -= weight_c / sqrt(var_c + eps) * (E[x_c] - E[x_c of the float student])`` for the
-    inputs x of each, in the order of the forward, so that every layer is seen behind those before
-    it. Whatever runs more than once, or has no bias, stays as it is.
+    ``bias_c -= weight_c / sqrt(var_c + eps) * (E[x_c] - E[x_c without quantizers])`` for the inputs
+    x of each, in the order of the forward, so that every layer is seen behind those before it.
+    Whatever runs more than once, or has no bias, stays as it is. Weights that lie on their grids
+    already, as ``balance_rounding`` leaves them, are what they are: then inputs alone count.
 
     Args:
         student: from ``prepare``, with its scales set.
