@@ -1,7 +1,7 @@
-"""Images of more contrast: further out than those that were synthesized, as photographs are.
+"""Images of more contrast: further out than those that were synthesized.
 
 Synthesized images have the means and variances that a network remembers, but few of the large
-values that edges of photographs give its layers: a grid that just holds theirs cuts the latter off.
+values that sharp edges give its layers: a grid that just holds theirs cuts the latter off.
 On painted images (overlapping shaded discs and boxes, with noise on them) up to 2 % of the inputs
 of some layers of FastestDet at W8A8 leave their grids, by up to 2.5 times the whole range.
 """
