@@ -43,7 +43,7 @@ def _student(bits="w3a3"):
 
 
 def _means(student, name):
-    """Of what the BatchNorm puts out, before its ReLU: float, and quantized."""
+    """Of what the BatchNorm puts out, before its ReLU: quantized, and without quantizers."""
     seen, norm = [], student.get_submodule(name)
 
     def note(module, args):
@@ -61,7 +61,7 @@ def _means(student, name):
     return seen
 
 
-def test_behind_each_batch_norm_the_means_are_those_of_the_float_student():
+def test_behind_each_batch_norm_the_means_are_those_without_quantizers():
     student, before = _student(), _student()
     names = ("fused", "plain", "last")
     wanted = {name: _means(before, name)[1] for name in names}
