@@ -15,9 +15,9 @@ from dfq.prepare.layers import QConv2d, QReLU, per_tensor_quantizer
 from dfq.prepare.trace import trace
 from dfq.types import QuantSpec
 
-_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
-_RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
-_KEEP_GRID = (operator.getitem, F.pad, F.max_pool2d, torch.flatten, "flatten", *_RELUS)
+ADDS = (operator.add, operator.iadd, torch.add, "add", "add_")
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")
+_KEEP_GRID = (operator.getitem, F.pad, F.max_pool2d, torch.flatten, "flatten", *RELUS)
 _KEEP_GRID_MODULES = (nn.Identity, nn.MaxPool2d, nn.Flatten, nn.ReLU, nn.ZeroPad2d)
 
 
@@ -97,7 +97,7 @@ def quantize_adds(student: nn.Module, spec: QuantSpec, *, scales: str = "learned
 
 def _is_add(node: fx.Node) -> bool:
     two = len(node.args) == 2 and all(isinstance(arg, fx.Node) for arg in node.args)
-    return two and not node.kwargs and calls(node, _ADDS)
+    return two and not node.kwargs and calls(node, ADDS)
 
 
 def calls(node: fx.Node, targets: tuple[Any, ...]) -> bool:
@@ -109,7 +109,7 @@ def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether it is a ReLU, of a module, a function or a method."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], nn.ReLU)
-    return calls(node, _RELUS)
+    return calls(node, RELUS)
 
 
 def _branches(node: fx.Node, modules: dict[str, nn.Module]) -> list[Any]:
