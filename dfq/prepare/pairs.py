@@ -31,6 +31,11 @@ _LINEAR = (F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, F.dropout2d, torch.dr
 _LINEAR_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
+def some(images: Tensor) -> Tensor:
+    """At most ``SHOWN`` of them, spread over all."""
+    return images[:: -(-len(images) // SHOWN)]
+
+
 class Pair(NamedTuple):
     """A BatchNorm, the layer that alone takes its channels in, and the grid of these."""
 

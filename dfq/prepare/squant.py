@@ -10,11 +10,13 @@ From the paper's algorithm; its code was not used. The grid is that of the prepa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dfq.prepare.grid import align
-from dfq.prepare.layers import quantized_layers
+from dfq.prepare.layers import QConv2d, QLinear, quantized_layers
 from dfq.types import InputError
 
 
@@ -28,15 +30,29 @@ def balance_rounding(student: nn.Module) -> None:
         InputError: if a weight has no scale yet.
     """
     for layer in quantized_layers(student).values():
-        weight, quantizer = layer.weight, layer.weight_quantizer
-        spec = quantizer.spec
-        if not quantizer.has_scale:
-            raise InputError("the weights have no scales yet; call calibrate first.")
-        scale, zero_point = (align(p, weight, spec) for p in quantizer.qparams(weight))
-        offset = (0.5 if spec.midrise else 0.0) - zero_point
-        steps = (weight.float() / scale - offset).reshape(*weight.shape[:2], -1)
-        codes = balanced_codes(steps, spec.quant_min, spec.quant_max)
-        weight.copy_((codes.reshape(weight.shape) + offset) * scale)
+        round_weights(layer, balanced_codes)
+
+
+@torch.no_grad()
+def round_weights(layer: QConv2d | QLinear, choose: Callable[[Tensor, int, int], Tensor]) -> None:
+    """Put a layer's weights on their grid, in place.
+
+    Args:
+        layer: with its scales set.
+        choose: the weights in steps of the grid [O, I, K], quant_min, quant_max -> their codes.
+
+    Raises:
+        InputError: if they are not.
+    """
+    weight, quantizer = layer.weight, layer.weight_quantizer
+    spec = quantizer.spec
+    if not quantizer.has_scale:
+        raise InputError("the weights have no scales yet; call calibrate first.")
+    scale, zero_point = (align(p, weight, spec) for p in quantizer.qparams(weight))
+    offset = (0.5 if spec.midrise else 0.0) - zero_point
+    steps = (weight.float() / scale - offset).reshape(*weight.shape[:2], -1)
+    codes = choose(steps, spec.quant_min, spec.quant_max)
+    weight.copy_((codes.reshape(weight.shape) + offset) * scale)
 
 
 def balanced_codes(steps: Tensor, quant_min: int, quant_max: int) -> Tensor:
