@@ -25,10 +25,10 @@ SmoothQuant (arXiv:2211.10438) does, brought MobileNetV1 no nearer at W8A8 (0.00
 synthetic images) and further away at W4A4 (0.49 against 0.35 behind its blocks, 0.90 against 0.59
 on painted images); the share with the least predicted noise of inputs and weights together brought
 it no nearer either (W4A4, trained: 0.36 against 0.36, painted 0.40 against 0.36). What helps with
-many bits is to shrink the largest channels alone, see ``dfq.prepare.outliers``. Nor is a channel's
-mean absorbed into the next layer's bias, as DFQ does: behind a padded layer that changes the border
-of every image, which takes MobileNetV1 at W8A8, three channels of its stem absorbed, from 0.057 to
-0.084.
+many bits is to size all channels of a network together, see ``dfq.prepare.sizes``. Nor is a
+channel's mean absorbed into the next layer's bias, as DFQ does: behind a padded layer that changes
+the border of every image, which takes MobileNetV1 at W8A8, three channels of its stem absorbed,
+from 0.057 to 0.084.
 """
 
 from __future__ import annotations

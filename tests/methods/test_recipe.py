@@ -11,9 +11,9 @@ from dfq.methods import RecipeConfig, recipe, recipe_images
 from dfq.methods.recipe import RECIPE_EFFORTS, fewest_bits
 from dfq.prepare import calibrate, prepare
 from dfq.prepare.equalize import equalize_channels
-from dfq.prepare.means import correct_means
-from dfq.prepare.outliers import shrink_outliers
-from dfq.prepare.squant import balance_rounding
+from dfq.prepare.gptq import compensate_rounding
+from dfq.prepare.means import channel_means, correct_means
+from dfq.prepare.sizes import size_channels
 from dfq.synthesize.contrast import add_contrast
 from dfq.synthesize.inversion import InversionConfig
 from dfq.types import DataSpec, Images, InputError
@@ -123,17 +123,19 @@ def _depthwise():
     return model
 
 
-def test_with_many_bits_errors_of_weights_cancel_and_channels_are_equalized():
+def test_with_many_bits_channels_are_sized_weights_rounded_and_means_put_right():
     config = replace(CONFIG, distill_steps=0)
     teacher, student, images, _ = _train("w8a8", config, teacher=_depthwise)
     expected = prepare(teacher, "w8a8", data=DATA)
+    seen = add_contrast(images, DATA, CONFIG.contrast).images
     assert equalize_channels(expected, images.images) == 1
-    assert shrink_outliers(expected, images.images) == 0
-    calibrate(expected, add_contrast(images, DATA, CONFIG.contrast).images)
+    assert size_channels(expected, seen) == 16
+    calibrate(expected, seen)
+    means = channel_means(expected, seen)
+    compensate_rounding(expected, seen)
     assert not _same(student, expected)
-    balance_rounding(expected)
-    assert not _same(student, expected)
-    assert correct_means(expected, images.images) == 2
+    correct_means(expected, seen, means)
+    assert len(means) == 2
     assert _same(student, expected)
 
 
@@ -163,19 +165,14 @@ def test_with_many_bits_the_student_learns_from_images_of_more_contrast(monkeypa
     assert torch.equal(few, given.images)
 
 
-@pytest.mark.parametrize(("bits", "shrunk"), [("w8a8", True), ("w7a8", True), ("w4a8", False)])
-def test_with_many_bits_outliers_are_shrunk(bits, shrunk):
-    def outlier():
-        teacher = plain()
-        teacher[1].weight[0] *= 20
-        return teacher
-
+@pytest.mark.parametrize(("bits", "sized"), [("w8a8", True), ("w7a8", True), ("w4a8", False)])
+def test_with_many_bits_alone_channels_of_dense_layers_are_sized(bits, sized):
     config = replace(CONFIG, distill_steps=0)
-    teacher, student, images, _ = _train(bits, config, teacher=outlier)
+    teacher, student, images, _ = _train(bits, config, teacher=plain)
     expected = prepare(teacher, bits, data=DATA)
-    assert shrink_outliers(expected, images.images) > 0
+    assert size_channels(expected, add_contrast(images, DATA, CONFIG.contrast).images) > 0
     assert not torch.equal(expected[1].weight, teacher[1].weight)
-    assert torch.equal(student[1].weight, (expected if shrunk else teacher)[1].weight)
+    assert torch.equal(student[1].weight, (expected if sized else teacher)[1].weight)
 
 
 def test_with_few_bits_channels_are_equalized_too():
@@ -307,16 +304,21 @@ def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, ba
 
 
 @pytest.mark.parametrize(
-    ("bits", "side", "own"), [("w4a4", 64, False), ("w4a4", 72, True), ("w8a8", 72, False)]
+    ("bits", "side", "own"),
+    [
+        ("w4a4", 64, "student"),
+        ("w4a4", 72, "large_lr"),
+        ("w8a8", 72, "many_lr"),
+        ("w7a8", 64, "many_lr"),
+    ],
 )
-def test_behind_blocks_large_images_are_learned_at_a_rate_of_their_own(bits, side, own):
-    students = []
-    for large, small in ((1e-3, 1e-3), (1e-2, 1e-3), (1e-3, 1e-2)):
-        config = replace(CONFIG, large_lr=large, student=StudentConfig(lr=small))
-        students.append(_train(bits, config, given=_given(side))[1])
-    first, large, small = students
-    assert _same(first, large) is not own
-    assert _same(first, small) is own
+def test_behind_blocks_a_student_learns_at_the_rate_for_its_bits_and_images(bits, side, own):
+    rates = {"large_lr": 1e-3, "many_lr": 1e-3, "student": StudentConfig(lr=1e-3)}
+    first = _train(bits, replace(CONFIG, **rates), given=_given(side))[1]
+    for name in rates:
+        faster = StudentConfig(lr=1e-2) if name == "student" else 1e-2
+        config = replace(CONFIG, **rates | {name: faster})
+        assert _same(first, _train(bits, config, given=_given(side))[1]) is (name != own)
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4"])

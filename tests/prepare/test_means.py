@@ -2,8 +2,9 @@ import torch
 from torch import nn
 
 from dfq.prepare import calibrate, prepare
-from dfq.prepare.means import correct_means
+from dfq.prepare.means import channel_means, correct_means
 from dfq.prepare.sensitivity import quantizing_only
+from dfq.prepare.squant import balance_rounding
 from dfq.types import DataSpec
 
 DATA = DataSpec((3, 8, 8), classes=5)
@@ -61,19 +62,29 @@ def _means(student, name):
     return seen
 
 
+def _correct(student):
+    """Behind weights rounded by ``balance_rounding``; return how many means there were."""
+    wanted = channel_means(student, IMAGES)
+    balance_rounding(student)
+    correct_means(student, IMAGES, wanted)
+    return len(wanted)
+
+
 def test_behind_each_batch_norm_the_means_are_those_without_quantizers():
-    student, before = _student(), _student()
+    student, rounded, untouched = _student(), _student(), _student()
+    balance_rounding(rounded)
     names = ("fused", "plain", "last")
-    wanted = {name: _means(before, name)[1] for name in names}
-    assert correct_means(student, IMAGES) == len(names)
+    wanted = {name: _means(untouched, name)[1] for name in names}
+    assert _correct(student) == len(names)
     for name in names:
         torch.testing.assert_close(_means(student, name)[0], wanted[name], rtol=1e-4, atol=1e-5)
-        assert (_means(before, name)[0] - wanted[name]).abs().max() > 0.01
+        assert (_means(rounded, name)[0] - wanted[name]).abs().max() > 0.01
 
 
 def test_nothing_but_biases_changes_and_none_of_what_runs_twice():
     student, before = _student(), _student()
-    correct_means(student, IMAGES)
+    balance_rounding(before)
+    _correct(student)
     changed = {
         name
         for (name, new), old in zip(student.named_parameters(), before.parameters(), strict=True)
@@ -85,7 +96,7 @@ def test_nothing_but_biases_changes_and_none_of_what_runs_twice():
 def test_a_student_in_training_stays_in_training_and_without_hooks():
     student = _student().train()
     hooks = [dict(module._forward_pre_hooks) for module in student.modules()]
-    correct_means(student, IMAGES)
+    _correct(student)
     assert student.training
     assert [dict(module._forward_pre_hooks) for module in student.modules()] == hooks
 
@@ -93,4 +104,4 @@ def test_a_student_in_training_stays_in_training_and_without_hooks():
 def test_a_model_without_batch_norm_stays_as_it_is():
     student = prepare(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), "w8a8", data=DATA)
     calibrate(student, IMAGES)
-    assert correct_means(student, IMAGES) == 0
+    assert _correct(student) == 0
