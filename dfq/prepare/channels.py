@@ -222,7 +222,7 @@ class _Names(fx.Interpreter):
 
     def keep(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What comes out has the names that went in, or it is not known."""
-        x, y = args[0], function(args[0].clone(), *args[1:], **kwargs)
+        x, y = args[0], function(*args, **kwargs)
         if isinstance(y, Tensor) and y.ndim > 1 and y.shape[:2] == x.shape[:2]:
             return _spread(self.each(x), y)
         return self.unknown(function, args, kwargs)

@@ -309,7 +309,6 @@ def test_large_images_are_learned_from_in_more_and_smaller_steps(side, times, ba
         ("w4a4", 64, "student"),
         ("w4a4", 72, "large_lr"),
         ("w8a8", 72, "many_lr"),
-        ("w7a8", 64, "many_lr"),
     ],
 )
 def test_behind_blocks_a_student_learns_at_the_rate_for_its_bits_and_images(bits, side, own):

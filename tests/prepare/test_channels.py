@@ -32,7 +32,8 @@ class Net(nn.Module):
 
     def forward(self, x):
         x = self.way(self, *(norm(self.stem(x)) for norm in (self.first, self.second)))
-        return self.head(x.mean((2, 3)))
+        x, more = x if isinstance(x, tuple) else (x, None)
+        return self.head(x.mean((2, 3))), more
 
 
 def _shuffled(net, a, b):
@@ -50,6 +51,11 @@ def _padded(net, a, b):
 def _resized(net, a, b):
     small = F.avg_pool2d(F.relu(a), 2)
     return net.one(F.interpolate(small, scale_factor=2.0, mode="nearest")) + net.two(net.pool(b))
+
+
+def _changed(net, a, b):
+    a.mul_(2.0)
+    return net.one(a) + net.two(b)
 
 
 FREE = {  # how many sizes each way leaves free: all ways below keep what the network computes
@@ -70,10 +76,6 @@ FREE = {  # how many sizes each way leaves free: all ways below keep what the ne
         16,
     ),
     "averaged": (lambda net, a, b: net.one(a.mean((2, 3), keepdim=True)) + net.two(b), 16),
-    "overwritten names": (
-        lambda net, a, b: net.one(F.dropout(a, 0.5, False, True)) + net.two(a),
-        8,
-    ),
 }
 FIXED = {  # and here something holds them
     "a sigmoid": (lambda net, a, b: net.one(a.sigmoid()) + net.two(b), 8),
@@ -106,6 +108,20 @@ FIXED = {  # and here something holds them
         0,
     ),
     "a BatchNorm without parameters": (lambda net, a, b: net.one(net.bare(a)) + net.two(b), 8),
+    "images side by side, and one alone": (
+        lambda net, a, b: net.one(torch.cat((a, b), 2)) + net.two(torch.cat((a, a), 2)),
+        0,
+    ),
+    "one put out itself": (lambda net, a, b: (net.one(a) + net.two(b), {"a": [a]}), 8),
+    "a mean of channels that is as long": (
+        lambda net, a, b: net.one(a.mean(1)[..., None]) + net.two(b),
+        8,
+    ),
+    "what does not take zeros": (
+        lambda net, a, b: net.one(a @ net.turned.inverse()) + net.two(b),
+        0,
+    ),
+    "a change in place before": (_changed, 8),
 }
 
 
@@ -118,6 +134,7 @@ def _net(way):
         again=nn.BatchNorm2d(8),
         bare=nn.BatchNorm2d(8, affine=False),
     )
+    net.register_buffer("turned", torch.eye(8).flip(0))
     net.register_buffer("image", torch.ones(1, 3, 8, 8))
     return net
 
@@ -140,6 +157,20 @@ def test_what_is_free_may_be_scaled_and_the_network_computes_what_it_did(way, fr
         sizes = torch.empty(channels.total).uniform_(0.1, 10)
         sizes[0] = 1
         channels.scale(sizes)
-        torch.testing.assert_close(student(IMAGES), before, rtol=1e-4, atol=1e-4)
+        after = student(IMAGES)
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     used = torch.cat([names for _, names in channels.norms] or [torch.zeros(1)]).unique()
     assert len(used[used > 0]) == free
+
+
+@pytest.mark.parametrize(("relu", "free"), [(nn.ReLU(), 8), (nn.ReLU6(), 0)])
+def test_a_quantized_relu_is_homogeneous_if_it_has_no_end(relu, free):
+    torch.manual_seed(3)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), relu, nn.Conv2d(8, 4, 3), nn.Flatten()
+    student = _student(nn.Sequential(*layers, nn.Linear(64, 5)), protocol="gdfq")
+    assert find_channels(student, IMAGES[:2]).total == free + 1
+
+
+def test_a_model_whose_graph_cannot_be_told_has_no_free_channels():
+    net = _net(lambda net, a, b: net.one(a) if a.sum() > 0 else net.two(b))
+    assert find_channels(_student(net), IMAGES[:2]).readers == []
