@@ -277,9 +277,9 @@ def recipe(
         taught = add_contrast(images, data, config.contrast)
         size_channels(student, taught.images)
         calibrate(student, taught.images)
-        means = channel_means(student, taught.images)
-        compensate_rounding(student, taught.images)
-        correct_means(student, taught.images, means)
+        means = channel_means(student, shown)
+        compensate_rounding(student, shown)
+        correct_means(student, shown, means)
     if config.distill_steps:
         _distill(teacher, student, taught, config, rng, report)
     return student, images

@@ -131,10 +131,10 @@ def test_with_many_bits_channels_are_sized_weights_rounded_and_means_put_right()
     assert equalize_channels(expected, images.images) == 1
     assert size_channels(expected, seen) == 16
     calibrate(expected, seen)
-    means = channel_means(expected, seen)
-    compensate_rounding(expected, seen)
+    means = channel_means(expected, images.images)
+    compensate_rounding(expected, images.images)
     assert not _same(student, expected)
-    correct_means(expected, seen, means)
+    correct_means(expected, images.images, means)
     assert len(means) == 2
     assert _same(student, expected)
 
