@@ -134,7 +134,7 @@ def _net(way):
         again=nn.BatchNorm2d(8),
         bare=nn.BatchNorm2d(8, affine=False),
     )
-    net.register_buffer("turned", torch.eye(8).flip(0))
+    net.turned = nn.Parameter(torch.eye(8).flip(0))
     net.register_buffer("image", torch.ones(1, 3, 8, 8))
     return net
 

@@ -199,6 +199,17 @@ def _by_hand(student, reader, logs, far):
     return total
 
 
+def test_a_channel_reaches_further_than_the_images_show_but_one_deviation_at_least():
+    student = _student(Grouped())
+    with torch.no_grad():
+        student[1].bias[:3] = torch.tensor([-50.0, 0.0, 50.0])
+    weight = student[1].weight[:3].detach()
+    high = _noises(student, find_channels(student, IMAGES[:2]), IMAGES)[0].high.flatten()
+    assert torch.equal(high[0], weight[0])
+    assert high[1] >= FAR * weight[1]
+    assert high[2] >= 50 + FAR * weight[2]
+
+
 def test_channels_that_are_fixed_have_the_size_they_have():
     student = _student()
     channels = find_channels(student, IMAGES[:2])
