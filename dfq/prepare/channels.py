@@ -34,15 +34,8 @@ _KEEPING_MODULES = (
 _KEEPING = (
     *RELUS,
     *(F.leaky_relu, F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d, F.avg_pool2d),
-    *(
-        F.adaptive_avg_pool2d,
-        F.interpolate,
-        F.dropout,
-        torch.dropout,
-        F.dropout2d,
-        "contiguous",
-        "clone",
-    ),
+    *(F.adaptive_avg_pool2d, F.interpolate, F.dropout, torch.dropout, F.dropout2d),
+    *("contiguous", "clone"),
 )
 _MOVING_MODULES = (nn.Flatten, nn.ChannelShuffle)
 _MOVING = (
@@ -237,7 +230,7 @@ class _Names(fx.Interpreter):
         """Channels that are added have one size."""
         if x.shape != y.shape or x.ndim < 2:
             self.fix((x, y))
-            return torch.zeros(torch.broadcast_shapes(x.shape, y.shape), dtype=torch.float64)
+            return x.new_zeros(torch.broadcast_shapes(x.shape, y.shape))
         for first, second in zip(self.each(x).tolist(), self.each(y).tolist(), strict=True):
             self.unite(first, second)
         return _spread(self.each(x), x)

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from dfq.descent import anneal, descend
 from dfq.prepare.channels import FIXED, Channels, Reader, find_channels
+from dfq.prepare.equalize import FAR
 from dfq.prepare.frozen import evaluating
 from dfq.prepare.pairs import SMALLEST, some
 from dfq.prepare.sensitivity import quantizing_only
 from dfq.types import QuantSpec
 
-FAR = 3.0  # deviations of a BatchNorm's output, that are as good as all of it; as DFQ has it
 STEPS, RATE = 300, 0.03  # of Adam, on logarithms of sizes
 
 

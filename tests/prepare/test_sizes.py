@@ -4,9 +4,10 @@ from torch import nn
 
 from dfq.prepare import QConv2d, QLinear, prepare
 from dfq.prepare.channels import Reader, find_channels
+from dfq.prepare.equalize import FAR
 from dfq.prepare.pairs import some
 from dfq.prepare.quantizer import Quantizer
-from dfq.prepare.sizes import FAR, Noise, _noises, size_channels
+from dfq.prepare.sizes import Noise, _noises, size_channels
 from dfq.types import DataSpec, QuantSpec
 
 DATA = DataSpec((3, 8, 8), classes=5)
