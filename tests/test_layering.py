@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROWS = [  # a module imports only itself and rows above its own
     ["dfq_kernels"],
-    ["dfq.types", "dfq.descent", "dfq.depthwise"],
+    ["dfq.types", "dfq.descent", "dfq.depthwise", "dfq.hooks"],
     ["dfq.bounds", "dfq.outputs"],
     ["dfq.models", "dfq.data"],
     ["dfq.prepare", "dfq.synthesize", "dfq.distill"],

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfq.hooks import removing
+
 
 @contextmanager
 def capture_features(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
@@ -20,13 +22,10 @@ def capture_features(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         features[name] = output
 
-    handles = [model.register_forward_pre_hook(lambda *_: features.clear())]
-    handles += [model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names]
-    try:
+    clear = model.register_forward_pre_hook(lambda *_: features.clear())
+    hooks = removing(model.get_submodule(n).register_forward_hook(partial(keep, n)) for n in names)
+    with clear, hooks:
         yield features
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def feature_distance(

@@ -19,6 +19,7 @@ from dfq.bounds import COUNT, NOT_ALL, NOT_NEGATIVE, POSITIVE, SHARE
 from dfq.descent import anneal, descend
 from dfq.distill.blocks import Plan
 from dfq.distill.losses import reconstruction_error
+from dfq.hooks import removing
 from dfq_kernels import fake_quantize
 
 logger = logging.getLogger("dfq")
@@ -240,16 +241,14 @@ def _by_hooks(
     teacher: nn.Module, student: nn.Module, layers: Sequence[str], batches: Sequence[Tensor]
 ) -> Iterator[Unit]:
     order: list[str] = []
-    handles = [
+    hooks = removing(
         teacher.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: order.append(name)
         )
         for name in layers
-    ]
-    with torch.no_grad():
+    )
+    with hooks, torch.no_grad():
         teacher(batches[0][:1])
-    for handle in handles:
-        handle.remove()
     for name in dict.fromkeys(order):
         float_inputs, targets = _seen(teacher, name, batches)
         layer = student.get_submodule(name)
@@ -262,15 +261,13 @@ def _seen(model: nn.Module, name: str, batches: Sequence[Tensor]) -> tuple[Tenso
     """What the layer takes and gives while ``model`` runs; its first call if there are several."""
     calls: list[tuple[Tensor, Tensor]] = []
     firsts = []
-    handle = model.get_submodule(name).register_forward_hook(
+    hook = model.get_submodule(name).register_forward_hook(
         lambda layer, args, output: calls.append((args[0], output))
     )
-    try:
+    with hook:
         for batch in batches:
             calls.clear()
             model(batch)
             firsts.append(calls[0])
-    finally:
-        handle.remove()
     inputs, outputs = zip(*firsts, strict=True)
     return torch.cat(inputs), torch.cat(outputs)

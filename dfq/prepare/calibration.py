@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dfq.hooks import removing
 from dfq.prepare.frozen import evaluating
 from dfq.prepare.layers import quantized_layers
 from dfq.prepare.observer import SAMPLE, Sample, search_scale
@@ -101,14 +102,10 @@ def _search_inputs(
         if first:
             quantizer.set_qparams(*sample.search(quantizer.spec))
 
-    handles = [quantizer.register_forward_pre_hook(collect) for quantizer in names]
-    try:
+    with removing(quantizer.register_forward_pre_hook(collect) for quantizer in names):
         for batch in batches:
             _run(student, batch)
             first = False
-    finally:
-        for handle in handles:
-            handle.remove()
     for quantizer, sample in samples.items():
         if len(batches) > 1 and sample.parts:  # a layer that the model skips has no sample
             quantizer.set_qparams(*sample.search(quantizer.spec))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dfq.hooks import removing
 from dfq.outputs import tensors
 from dfq.prepare.frozen import evaluating
 from dfq.types import InputError
@@ -81,21 +82,18 @@ def _run_with_hooks(
     hook: Callable[[str, tuple[Any, ...], Tensor], Any],
 ) -> Any:
     """What the model gives for one zero image; ``hook`` sees what every layer takes and gives."""
-    handles = [
+    hooks = removing(
         model.get_submodule(name).register_forward_hook(
             lambda module, args, output, name=name: hook(name, args, output)
         )
         for name in layers
-    ]
+    )
     some = next(model.parameters())
     try:
-        with evaluating(model):
+        with hooks, evaluating(model):
             return model(torch.zeros(1, *shape, device=some.device, dtype=some.dtype))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise InputError(
             f"the model does not run on one image of shape {shape}; give its own ({reason})."
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()

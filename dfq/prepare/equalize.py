@@ -36,7 +36,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dfq.depthwise import is_depthwise
 from dfq.prepare.pairs import SMALLEST, Pair, Seen, watch
 
 FAR = 3.0  # deviations of a BatchNorm's output, that are as good as all of it; as DFQ has it
@@ -61,7 +60,7 @@ def equalize_channels(student: nn.Module, images: Tensor) -> int:
         student: from ``prepare``.
         images: [N, C, H, W], the first of which are shown; the same ones give the same scales.
     """
-    watched = watch(student, is_depthwise, images)
+    watched = watch(student, images)
     for pair, seen in watched:
         step = _steps(pair, _turn(pair, seen))
         step /= step.log().mean().exp()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfq.hooks import removing
 from dfq.prepare.frozen import evaluating
 from dfq.prepare.layers import QConv2d, QLinear, quantized_layers
 from dfq.prepare.pairs import some
@@ -52,13 +53,9 @@ def compensate_rounding(student: nn.Module, images: Tensor) -> None:
         round_weights(layer, choose)
 
     layers = quantized_layers(student).values()
-    handles = [layer.register_forward_pre_hook(compensate) for layer in layers]
-    try:
-        with evaluating(student), quantizing_only(student, None):
-            student(some(images).to(next(student.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = removing(layer.register_forward_pre_hook(compensate) for layer in layers)
+    with hooks, evaluating(student), quantizing_only(student, None):
+        student(some(images).to(next(student.parameters())))
 
 
 def compensated_codes(steps: Tensor, moments: Tensor, quant_min: int, quant_max: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfq.hooks import removing
 from dfq.prepare.frozen import Frozen, evaluating
 from dfq.prepare.pairs import some
 from dfq.prepare.sensitivity import quantizing_only
@@ -73,10 +74,5 @@ def _show(
     student: nn.Module, images: Tensor, norms: Iterable[nn.Module], hook: Callable[..., None]
 ) -> None:
     """Run ``student`` on some of ``images``; ``hook`` gets each of ``norms`` and its inputs."""
-    handles = [norm.register_forward_pre_hook(hook) for norm in norms]
-    try:
-        with evaluating(student):
-            student(some(images).to(next(student.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removing(norm.register_forward_pre_hook(hook) for norm in norms), evaluating(student):
+        student(some(images).to(next(student.parameters())))

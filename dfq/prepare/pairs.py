@@ -1,4 +1,4 @@
-"""BatchNorms whose channels one layer alone takes in, so that their sizes are free to choose.
+"""BatchNorms whose channels a depthwise layer alone takes in, so that their sizes are free.
 
 Between a BatchNorm and the next layer with weights a channel may have any size: what the BatchNorm
 puts out smaller, the layer's weights take back, and through anything positively homogeneous (ReLU,
@@ -7,13 +7,15 @@ LeakyReLU, pooling) the network computes what it did (Nagel et al., DFQ, arXiv:1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from dfq.depthwise import is_depthwise
+from dfq.hooks import removing
 from dfq.prepare.adds import calls, is_relu
 from dfq.prepare.frozen import Frozen, evaluating
 from dfq.prepare.layers import QConv2d, QReLU
@@ -37,7 +39,7 @@ def some(images: Tensor) -> Tensor:
 
 
 class Pair(NamedTuple):
-    """A BatchNorm, the layer that alone takes its channels in, and the grid of these."""
+    """A BatchNorm, the depthwise layer that alone takes its channels in, and their grid."""
 
     norm: nn.BatchNorm2d
     layer: QConv2d
@@ -69,15 +71,15 @@ class Seen(NamedTuple):
         return squares.where(self.spread[:, None] > SMALLEST**2 * self.spread.max(), 0.0)
 
 
-def find_pairs(student: nn.Module, takes: Callable[[QConv2d], bool]) -> list[Pair]:
-    """Every BatchNorm whose one way on ends in such a layer; each module of it used once.
+def find_pairs(student: nn.Module) -> list[Pair]:
+    """Every BatchNorm whose one way on ends in a depthwise layer; each module of it used once.
 
     None are found where the graph cannot be told.
     """
-    return list(_pairs(student, takes))
+    return list(_pairs(student))
 
 
-def _pairs(student: nn.Module, takes: Callable[[QConv2d], bool]) -> Iterator[Pair]:
+def _pairs(student: nn.Module) -> Iterator[Pair]:
     graph, modules = trace(student), dict(student.named_modules())
     nodes = list(graph.nodes) if graph else []
     calls = [node.target for node in nodes if node.op == "call_module"]
@@ -91,7 +93,7 @@ def _pairs(student: nn.Module, takes: Callable[[QConv2d], bool]) -> Iterator[Pai
         while len(node.users) == 1:
             (node,) = node.users
             module = _module(node, modules)
-            if isinstance(module, QConv2d) and takes(module):
+            if isinstance(module, QConv2d) and is_depthwise(module):
                 quantizer = module.input_quantizer or quantizer
                 if quantizer and calls.count(node.target) == 1:
                     yield Pair(norm, module, quantizer, slope)
@@ -123,14 +125,12 @@ def _slope(node: fx.Node, modules: dict[str, nn.Module]) -> float | None:
     return 1.0 if isinstance(module, _LINEAR_MODULES) or calls(node, _LINEAR) else None
 
 
-def watch(
-    student: nn.Module, takes: Callable[[QConv2d], bool], images: Tensor
-) -> list[tuple[Pair, Seen]]:
+def watch(student: nn.Module, images: Tensor) -> list[tuple[Pair, Seen]]:
     """``find_pairs``, and what each sees when ``student`` runs on the first images, in float.
 
     The draw of what is kept has a generator of its own.
     """
-    pairs = find_pairs(student, takes)
+    pairs = find_pairs(student)
     if not pairs:
         return []
     seen: dict[nn.Module, Seen] = {}
@@ -141,11 +141,7 @@ def watch(
         picks = torch.randint(rows.shape[1], (SAMPLE,), generator=rng).to(rows.device)
         seen[layer] = Seen(rows[:, picks], answers.var(1, correction=0))
 
-    handles = [pair.layer.register_forward_hook(look) for pair in pairs]
-    try:
-        with evaluating(student), quantizing_only(student, None):
-            student(images[:SHOWN].to(next(student.parameters())))
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = removing(pair.layer.register_forward_hook(look) for pair in pairs)
+    with hooks, evaluating(student), quantizing_only(student, None):
+        student(images[:SHOWN].to(next(student.parameters())))
     return [(pair, seen[pair.layer]) for pair in pairs]

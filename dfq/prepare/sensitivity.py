@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfq.hooks import removing
 from dfq.outputs import are_logits, cast, map_distance
 from dfq.prepare.layers import quantized_layers
 from dfq.prepare.quantizer import Quantizer
@@ -142,13 +143,10 @@ def norm_importance(teacher: nn.Module, importance: dict[str, float], image: Ten
     heard = {
         n: m for n, m in teacher.named_modules() if n in importance or isinstance(m, _BatchNorm)
     }
-    handles = [
+    hooks = removing(
         module.register_forward_hook(lambda m, x, y, name=name: hear(name))
         for name, module in heard.items()
-    ]
-    try:
+    )
+    with hooks:
         teacher(image)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.tensor(found, device=image.device)

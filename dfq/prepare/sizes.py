@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dfq.descent import anneal, descend
+from dfq.hooks import removing
 from dfq.prepare.channels import FIXED, Channels, Reader, find_channels
 from dfq.prepare.equalize import FAR
 from dfq.prepare.frozen import evaluating
@@ -131,13 +132,9 @@ def _noises(student: nn.Module, channels: Channels, images: Tensor) -> list[Nois
         power, spread = rows.square().mean(1), answers.var(1, correction=0)
         seen[layer] = low.clamp(max=0), high.clamp(min=0), power, spread
 
-    handles = [reader.layer.register_forward_hook(look) for reader in channels.readers]
-    try:
-        with evaluating(student), quantizing_only(student, None):
-            student(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = removing(reader.layer.register_forward_hook(look) for reader in channels.readers)
+    with hooks, evaluating(student), quantizing_only(student, None):
+        student(images)
     noises = []
     for reader in channels.readers:
         low, high, power, spread = seen[reader.layer]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfq.hooks import removing
+
 
 @contextmanager
 def swing_convolutions(model: nn.Module, rng: torch.Generator) -> Iterator[None]:
@@ -31,12 +33,8 @@ def swing_convolutions(model: nn.Module, rng: torch.Generator) -> Iterator[None]
         return _moved(args[0], conv.stride, rng), *args[1:]  # type: ignore[arg-type]
 
     strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
-    handles = [conv.register_forward_pre_hook(swing) for conv in strided]
-    try:
+    with removing(conv.register_forward_pre_hook(swing) for conv in strided):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _moved(x: Tensor, stride: tuple[int, int], rng: torch.Generator) -> Tensor:

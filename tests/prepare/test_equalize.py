@@ -3,7 +3,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dfq.depthwise import is_depthwise
 from dfq.prepare import QConv2d, calibrate, prepare
 from dfq.prepare.dropping import activation_quantizers
 from dfq.prepare.equalize import FAR, _steps, _turn, equalize_channels
@@ -134,7 +133,7 @@ def test_no_channel_is_turned_where_a_maximum_would_choose_another():
     slopes = {}
     for name, way in ways.items():
         student = prepare(Way(*way).eval(), "w4a4", data=DATA)
-        (pair,) = find_pairs(student, is_depthwise)
+        (pair,) = find_pairs(student)
         slopes[name] = pair.slope
         equalize_channels(student, IMAGES)
         assert (pair.norm.weight.sign() == (-1 if pair.slope > 0 else 1)).all()
@@ -165,7 +164,7 @@ class Call(nn.Module):
 )
 def test_a_step_is_known_by_its_function_too(function, slope):
     student = prepare(Way(Call(function)).eval(), "w4a4", data=DATA)
-    (pair,) = find_pairs(student, is_depthwise)
+    (pair,) = find_pairs(student)
     assert pair.slope == slope
     expected = _bypassed(student)(IMAGES)
     equalize_channels(student, IMAGES)
@@ -175,7 +174,7 @@ def test_a_step_is_known_by_its_function_too(function, slope):
 @pytest.mark.parametrize("function", [torch.tanh, lambda x: x + 1, lambda x: x.clamp(-1, 1)])
 def test_a_function_that_no_scale_passes_ends_the_way(function):
     student = prepare(Way(Call(function)).eval(), "w4a4", data=DATA)
-    assert not find_pairs(student, is_depthwise)
+    assert not find_pairs(student)
 
 
 def test_channels_that_differ_in_size_alone_get_one_size():
@@ -199,7 +198,7 @@ def _uniform(low, high):
 
 def _steps_of(inputs, *, gains=1.0, deviation=0.1, spread=None, bits="w8a8", pair=0):
     """Of a layer whose weights have a sum of squares of ``gains`` for each channel."""
-    norm, layer, quantizer, _ = find_pairs(_student(bits), is_depthwise)[pair]
+    norm, layer, quantizer, _ = find_pairs(_student(bits))[pair]
     with torch.no_grad():
         norm.weight.fill_(deviation)
         layer.weight.zero_()
@@ -218,7 +217,7 @@ def test_a_channel_far_from_zero_takes_the_larger_side_of_the_grid():
 
 def test_a_channel_that_was_turned_over_takes_the_side_of_the_others():
     """All of the grid is above zero then."""
-    (pair, _), spread = find_pairs(_student("w8a8"), is_depthwise), torch.ones(8)
+    (pair, _), spread = find_pairs(_student("w8a8")), torch.ones(8)
     inputs = torch.stack([_uniform(0, 1)] * 7 + [_uniform(-1, -0.9)])
     with torch.no_grad():
         pair.norm.weight.fill_(0.1)
@@ -254,7 +253,7 @@ def test_an_output_that_never_changes_does_not_decide():
 
 @pytest.mark.parametrize(("signed", "codes"), [(True, (128, 127)), (False, (255, 255))])
 def test_a_symmetric_grid_has_its_zero_already(signed, codes):
-    pair, _ = find_pairs(_student("w8a8"), is_depthwise)
+    pair, _ = find_pairs(_student("w8a8"))
     grid = Quantizer(QuantSpec(8, symmetric=True, signed=signed))
     with torch.no_grad():
         pair.norm.weight.fill_(0.1)
@@ -285,7 +284,7 @@ def test_the_grid_behind_a_relu_counts_where_the_layer_has_none():
             super().__init__(*stem, *depthwise, nn.Flatten(), nn.Linear(64, 5))
 
     student = prepare(Net().eval(), "w4a4", protocol="gdfq", data=DATA)
-    (pair,) = find_pairs(student, is_depthwise)
+    (pair,) = find_pairs(student)
     assert pair.layer.input_quantizer is None
     assert pair.quantizer is student[2].quantizer
     assert equalize_channels(student, IMAGES) == 1
