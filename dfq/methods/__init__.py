@@ -15,7 +15,8 @@ from dfq.methods.dmkd import DMKD_EFFORTS, DMKDConfig, dmkd
 from dfq.methods.gdfq import GDFQ_EFFORTS, GDFQConfig, gdfq, gdfq_images
 from dfq.methods.genie import GENIE_EFFORTS, GENIE_MAPS, GENIEConfig, genie, genie_images
 from dfq.methods.lis import LIS_EFFORTS, LISConfig, lis, lis_images
-from dfq.methods.recipe import RECIPE_EFFORTS, RECIPE_MAPS, RecipeConfig, recipe, recipe_images
+from dfq.methods.recipe import recipe, recipe_images
+from dfq.methods.recipe_config import RECIPE_EFFORTS, RECIPE_MAPS, RecipeConfig
 from dfq.methods.squant import SQUANT_EFFORTS, SQuantConfig, squant
 from dfq.types import Images
 

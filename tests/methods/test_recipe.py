@@ -8,7 +8,8 @@ from torch import nn
 from dfq.distill.features import capture_features, feature_distance
 from dfq.distill.student import StudentConfig
 from dfq.methods import RecipeConfig, recipe, recipe_images
-from dfq.methods.recipe import RECIPE_EFFORTS, fewest_bits
+from dfq.methods.recipe import fewest_bits
+from dfq.methods.recipe_config import RECIPE_EFFORTS
 from dfq.prepare import calibrate, prepare
 from dfq.prepare.equalize import equalize_channels
 from dfq.prepare.gptq import compensate_rounding
