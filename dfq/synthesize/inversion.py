@@ -4,7 +4,9 @@ The pixels themselves are learned until every teacher finds in them what its Bat
 remember and the classes that they were meant for. Known of the papers are their abstracts: several
 teachers, drawn from hierarchical courses (LIS), mix their features, and images are mixed together
 with their labels (MixMix). The losses are those that such inversions share (DeepInversion,
-arXiv:1912.08795). How the parts are put together and every number is our reconstruction.
+arXiv:1912.08795). How the parts are put together and every number is our reconstruction. Images are
+a sum of resolutions: inverted from ResNet-20 in 60 steps, those of 4 have a third of the BatchNorm
+mismatch of plain pixels, and in ResNet-32, which was not asked, a seventh.
 """
 
 from __future__ import annotations
@@ -47,8 +49,7 @@ class InversionConfig:
         betas: Adam's.
         levels: resolutions that the images are a sum of, each half of the one before; 1 leaves
             plain pixels, None takes as many as leave 4 pixels or more: 4 for images of 32, 6 for
-            224. Inverted from ResNet-20 in 60 steps, images of 4 have a third of the BatchNorm
-            mismatch of plain pixels, and in ResNet-32, which was not asked, a seventh.
+            224.
         gain: weight of each resolution over the next finer one.
         bn_moment: compare standard deviations or, as DeepInversion does, variances; see
             ``bn_mismatch``.
