@@ -152,10 +152,7 @@ class RecipeConfig:
     def fitted(self, bits: int, *, large: bool) -> RecipeConfig:
         """For a student of so many bits, and for images of more than 64 pixels or not."""
         blocks, batch = self.reconstruction, self.distill_batch
-        many, longer = bits >= self.many_bits, 1
-        harder = large and not many
-        if bits < self.low_bits:
-            longer *= 2
+        many, longer = bits >= self.many_bits, 2 if bits < self.low_bits else 1
         lr = self.many_lr if many else self.large_lr if large else self.student.lr
         if large:
             longer *= self.large_steps
@@ -166,7 +163,7 @@ class RecipeConfig:
             distill_steps=longer * self.distill_steps,
             distill_batch=batch,
             student=replace(self.student, lr=lr),
-            least_area=self.least_area if harder else 1.0,
+            least_area=self.least_area if large and not many else 1.0,
         )
 
 

@@ -5,8 +5,8 @@ remember and the classes that they were meant for. Known of the papers are their
 teachers, drawn from hierarchical courses (LIS), mix their features, and images are mixed together
 with their labels (MixMix). The losses are those that such inversions share (DeepInversion,
 arXiv:1912.08795). How the parts are put together and every number is our reconstruction. Images are
-a sum of resolutions: inverted from ResNet-20 in 60 steps, those of 4 have a third of the BatchNorm
-mismatch of plain pixels, and in ResNet-32, which was not asked, a seventh.
+a sum of resolutions: inverted from ResNet-20 in 60 steps, those of 4 levels have a third of the
+BatchNorm mismatch of plain pixels, and in ResNet-32, which was not asked, a seventh.
 """
 
 from __future__ import annotations

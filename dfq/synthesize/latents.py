@@ -2,8 +2,8 @@
 
 Latents and generator are both learned, for one batch of images, until what reaches the teacher's
 BatchNorm layers looks like what they remember. No labels, no classes. From the description of the
-released code; the cosine schedule, the generator that is kept and bfloat16 are ours. On ResNet-20
-the BatchNorm mismatch is lower after 50 steps a batch with a generator that is kept (0.22 from the
+released code; the cosine schedule and the generator that is kept are ours. On ResNet-20 the
+BatchNorm mismatch is lower after 50 steps a batch with a generator that is kept (0.22 from the
 fourth on) than after 200 steps with a fresh one (0.46), and a step in bfloat16 takes 0.55 of the
 time that it takes in float32 and comes as near to the statistics.
 """
